@@ -1,0 +1,323 @@
+"""How a `LoraLeaf` goes through each primitive it understands, without building W + scaling * A·B.
+
+Structural primitives (transpose, reshape, slice, ...) change w as the equation says and follow with the factors;
+products (`dot_general`, `conv_general_dilated`, `gather`) are taken with w and with the factors in turn, and added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora.leaves import RANK, LoraLeaf, contract
+
+Axes = tuple[int, ...]
+
+
+def rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(f: Callable[..., Any]) -> Callable[..., Any]:
+        LoraLeaf.rules[name] = f
+        return f
+
+    return register
+
+
+# ---------------------------------------------------------------- products
+
+
+@rule("dot_general")
+def dot_general(eqn: Any, bind: Callable[..., Any], position: int, lhs: Any, rhs: Any) -> Any:
+    """x·W + scaling * (x·A)·B, for any contracted and batched axes on either side."""
+    leaf, x = (lhs, rhs) if position == 0 else (rhs, lhs)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return NotImplemented
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    w_sum, x_sum = (lhs_sum, rhs_sum) if position == 0 else (rhs_sum, lhs_sum)
+    w_batch, x_batch = (lhs_batch, rhs_batch) if position == 0 else (rhs_batch, lhs_batch)
+
+    base = bind(leaf.w, x) if position == 0 else bind(x, leaf.w)
+
+    shared = dict(zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True))
+    x_axes = tuple(shared.get(n, leaf.ndim + n) for n in range(x.ndim))
+    x_free = tuple(ax for ax in x_axes if ax >= leaf.ndim)
+    w_free = tuple(n for n in range(leaf.ndim) if n not in w_sum and n not in w_batch)
+    out_axes = tuple(w_batch) + (w_free + x_free if position == 0 else x_free + w_free)
+
+    (first, first_axes), (second, second_axes) = factors_by_use(leaf, w_sum)
+    middle = tuple(ax for ax in x_axes if ax in out_axes or ax in second_axes)
+    middle += tuple(ax for ax in first_axes if ax not in middle and (ax in out_axes or ax in second_axes))
+    precision = eqn.params["precision"]
+    x = drop_out(leaf, x)
+    h = contract(x, x_axes, first.astype(x.dtype), first_axes, middle, precision=precision)
+    second = (second * leaf.scaling).astype(x.dtype)
+    accumulate = eqn.params["preferred_element_type"]
+    delta = contract(
+        h, middle, second, second_axes, out_axes, precision=precision, preferred_element_type=accumulate
+    )
+    return base + delta.astype(base.dtype)
+
+
+def factors_by_use(leaf: LoraLeaf, summed: Sequence[int]) -> tuple[tuple[Any, Axes], tuple[Any, Axes]]:
+    """The factor to multiply first (it takes away the most summed elements), then the other, each with its axes."""
+    a, b = (leaf.lora_a, leaf.a_axes), (leaf.lora_b, leaf.b_axes)
+
+    def taken(factor: tuple[Any, Axes]) -> int:
+        return math.prod(leaf.shape[ax] for ax in factor[1] if ax in summed)
+
+    return (a, b) if taken(a) >= taken(b) else (b, a)
+
+
+def drop_out(leaf: LoraLeaf, x: jax.Array) -> jax.Array:
+    """x with dropout, for the adapter's path alone (as in the released package)."""
+    if leaf.key is None or leaf.dropout == 0.0:
+        return x
+    key = leaf.key.ravel()[0] if leaf.key.ndim else leaf.key
+    keep = jax.random.bernoulli(key, 1.0 - leaf.dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - leaf.dropout), jnp.zeros((), x.dtype))
+
+
+@rule("conv_general_dilated")
+def conv_general_dilated(eqn: Any, bind: Callable[..., Any], position: int, x: Any, leaf: Any) -> Any:
+    """A convolution by the factor that holds the window, then a 1x1 product by the other.
+
+    With groups the window factor is used once a group, so each group has its own r middle features.
+    """
+    params = eqn.params
+    dims = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    out_ax, in_ax, *window = dims.rhs_spec
+    if position != 1 or params["batch_group_count"] != 1:
+        return NotImplemented
+    if out_ax in leaf.b_axes and set(leaf.a_axes) == {in_ax, *window, RANK} and len(leaf.b_axes) == 2:
+        (first, first_axes), (second, second_axes) = (leaf.lora_a, leaf.a_axes), (leaf.lora_b, leaf.b_axes)
+    elif out_ax in leaf.a_axes and set(leaf.b_axes) == {in_ax, *window, RANK} and len(leaf.a_axes) == 2:
+        (first, first_axes), (second, second_axes) = (leaf.lora_b, leaf.b_axes), (leaf.lora_a, leaf.a_axes)
+    else:
+        return NotImplemented
+
+    base = bind(x, leaf.w)
+
+    x = drop_out(leaf, x)
+    order = tuple(first_axes.index(RANK if ax == out_ax else ax) for ax in range(leaf.ndim))
+    kernel = jnp.transpose(first.astype(x.dtype), order)
+    rank = kernel.shape[out_ax]
+    if groups > 1:
+        kernel = jnp.concatenate([kernel] * groups, axis=out_ax)
+    h = lax.conv_general_dilated(
+        x,
+        kernel,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        dims,
+        feature_group_count=groups,
+        precision=params["precision"],
+    )
+    h = jnp.moveaxis(h, dims.out_spec[1], -1)
+    h = h.reshape(*h.shape[:-1], groups, rank)
+    second = (second * leaf.scaling).astype(x.dtype)
+    second = jnp.transpose(second, (second_axes.index(RANK), second_axes.index(out_ax)))
+    second = second.reshape(rank, groups, -1)
+    delta = jnp.einsum("...gr,rgo->...go", h, second, precision=params["precision"])
+    delta = jnp.moveaxis(delta.reshape(*delta.shape[:-2], -1), -1, dims.out_spec[1])
+    return base + delta.astype(base.dtype)
+
+
+@rule("gather")
+def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices: Any) -> Any:
+    """Rows of W along one axis: rows of the factors that hold it. Rows of a stack stay factored."""
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    whole = all(size == leaf.shape[ax] for ax, size in enumerate(sizes) if ax not in dims.start_index_map)
+    batching = tuple(getattr(dims, "operand_batching_dims", ()))
+    if position != 0 or len(dims.start_index_map) != 1 or batching or not whole:
+        return NotImplemented
+    if tuple(dims.collapsed_slice_dims) != tuple(dims.start_index_map):
+        return NotImplemented
+    (axis,) = dims.start_index_map
+    rest = [ax for ax in range(leaf.ndim) if ax != axis]
+    out_ndim = indices.ndim - 1 + len(rest)
+    batch_out = tuple(n for n in range(out_ndim) if n not in dims.offset_dims)
+    renamed = dict(zip(rest, dims.offset_dims, strict=True))
+
+    def rows(array: Any, axes: Axes) -> tuple[Any, Axes]:
+        if axis not in axes:
+            return array, tuple(renamed.get(ax, ax) for ax in axes)
+        at = axes.index(axis)
+        others = tuple(ax for ax in axes if ax != axis)
+        sizes = tuple(1 if n == at else size for n, size in enumerate(array.shape))
+        offsets = tuple(range(len(batch_out), len(batch_out) + len(others)))
+        numbers = lax.GatherDimensionNumbers(offset_dims=offsets, collapsed_slice_dims=(at,), start_index_map=(at,))
+        out = lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"])
+        return out, batch_out + tuple(renamed.get(ax, ax) for ax in others)
+
+    a, a_axes = rows(leaf.lora_a, leaf.a_axes)
+    b, b_axes = rows(leaf.lora_b, leaf.b_axes)
+    out = LoraLeaf(bind(leaf.w, indices), a, b, None, a_axes, b_axes, (), leaf.scaling, 0.0, leaf.path)
+    stacked = axis in leaf.a_axes and axis in leaf.b_axes
+    return out if stacked else out.materialise()
+
+
+# ---------------------------------------------------------------- structure
+
+
+@rule("transpose")
+def transpose(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    return leaf.map_parts(bind(leaf.w), lambda array, _: array, eqn.params["permutation"].index)
+
+
+def only_w(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    """The weight in another dtype, place or name; the factors keep their own and follow the operand at the product."""
+    return leaf.map_parts(bind(leaf.w), lambda array, _: array, lambda ax: ax)
+
+
+for _name in ("copy", "copy_p", "name", "sharding_constraint", "mesh_cast", "reshard", "reduce_precision"):
+    LoraLeaf.rules[_name] = only_w
+
+
+@rule("convert_element_type")
+def convert_element_type(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        return NotImplemented
+    return only_w(eqn, bind, position, leaf)
+
+
+@rule("squeeze")
+def squeeze(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    gone = tuple(eqn.params["dimensions"])
+
+    def on_factor(array: Any, axes: Axes) -> Any:
+        return lax.squeeze(array, tuple(axes.index(ax) for ax in gone if ax in axes))
+
+    kept = [ax for ax in range(leaf.ndim) if ax not in gone]
+    return leaf.map_parts(bind(leaf.w), on_factor, lambda ax: kept.index(ax) if ax in kept else None)
+
+
+@rule("slice")
+def slice_(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * leaf.ndim
+
+    def on_factor(array: Any, axes: Axes) -> Any:
+        index = tuple(slice(None) if ax == RANK else slice(start[ax], limit[ax], strides[ax]) for ax in axes)
+        cut = [index[n] if size != 1 else slice(None) for n, size in enumerate(array.shape)]
+        return array[tuple(cut)]
+
+    return leaf.map_parts(bind(leaf.w), on_factor, lambda ax: ax)
+
+
+@rule("dynamic_slice")
+def dynamic_slice(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *starts: Any) -> Any:
+    if position != 0:
+        return NotImplemented
+    sizes = eqn.params["slice_sizes"]
+
+    def on_factor(array: Any, axes: Axes) -> Any:
+        if all(ax == RANK or sizes[ax] == leaf.shape[ax] for ax in axes):
+            return array
+        zero = jnp.zeros((), starts[0].dtype)
+        at = [zero if ax == RANK else starts[ax] for ax in axes]
+        size = [array.shape[n] if ax == RANK else sizes[ax] for n, ax in enumerate(axes)]
+        return lax.dynamic_slice(array, at, size)
+
+    return leaf.map_parts(bind(leaf.w, *starts), on_factor, lambda ax: ax)
+
+
+@rule("split")
+def split(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    stops = np.cumsum(sizes)
+    pieces = []
+    for w, size, stop in zip(bind(leaf.w), sizes, stops, strict=True):
+
+        def on_factor(array: Any, axes: Axes, lo: int = int(stop - size), hi: int = int(stop)) -> Any:
+            return lax.slice_in_dim(array, lo, hi, axis=axes.index(axis)) if axis in axes else array
+
+        pieces.append(leaf.map_parts(w, on_factor, lambda ax: ax))
+    return pieces
+
+
+@rule("broadcast_in_dim")
+def broadcast_in_dim(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *dynamic: Any) -> Any:
+    """New axes are in neither factor: the difference is constant along them."""
+    if dynamic:
+        return NotImplemented
+    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    grown = {ax for ax, to in enumerate(where) if leaf.shape[ax] != shape[to]}
+
+    def on_factor(array: Any, axes: Axes) -> Any:
+        return lax.squeeze(array, tuple(axes.index(ax) for ax in grown if ax in axes))
+
+    return leaf.map_parts(bind(leaf.w), on_factor, lambda ax: None if ax in grown else where[ax])
+
+
+@rule("reshape")
+def reshape(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *dynamic: Any) -> Any:
+    """Merging and splitting axes that lie in the same factors; anything else has no factors of this form."""
+    groups = reshape_groups(leaf.shape, tuple(eqn.params["new_sizes"]))
+    if dynamic or eqn.params["dimensions"] is not None or groups is None:
+        return NotImplemented
+
+    def changed(array: Any, axes: Axes) -> tuple[Any, Axes] | None:
+        for old, new in groups:
+            held = [ax for ax in old if ax in axes]
+            wide = [ax for ax in old if leaf.shape[ax] > 1]
+            if not held and not wide:
+                continue
+            if [ax for ax in wide if ax in axes] not in ([], wide):
+                return None
+            if not [ax for ax in held if leaf.shape[ax] > 1]:  # only axes of size 1 here: they carry nothing
+                array = lax.squeeze(array, tuple(axes.index(ax) for ax in held))
+                axes = tuple(ax for ax in axes if ax not in held)
+                continue
+            at = axes.index(held[0])
+            others = [ax for ax in axes if ax not in held]
+            at = len([ax for ax in axes[:at] if ax not in held])
+            order = others[:at] + held + others[at:]
+            array = jnp.transpose(array, [axes.index(ax) for ax in order])
+            sizes = [leaf_new[n] for n in new]
+            middle = array.shape[at : at + len(held)]
+            array = array.reshape(*array.shape[:at], *sizes, *array.shape[at + len(middle) :])
+            axes = (*others[:at], *(NEW + n for n in new), *others[at:])
+        return array, tuple(ax - NEW if ax >= NEW else ax for ax in axes)
+
+    leaf_new = tuple(eqn.params["new_sizes"])
+    a, b = changed(leaf.lora_a, leaf.a_axes), changed(leaf.lora_b, leaf.b_axes)
+    key = (None, ()) if leaf.key is None else changed(leaf.key, leaf.key_axes)
+    if a is None or b is None or key is None:
+        return NotImplemented
+    return LoraLeaf(bind(leaf.w), a[0], b[0], key[0], a[1], b[1], key[1], leaf.scaling, leaf.dropout, leaf.path)
+
+
+NEW = 1 << 16
+"""Marks an axis number of the reshaped weight while old and new numbers stand side by side."""
+
+
+def reshape_groups(old: Axes, new: Axes) -> list[tuple[list[int], list[int]]] | None:
+    """The finest pairing of runs of old axes with runs of new axes of equal product; None for empty arrays."""
+    if 0 in old or math.prod(old) != math.prod(new):
+        return None
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [], []
+        have, want = 1, 1
+        if i < len(old):
+            left, have, i = [i], old[i], i + 1
+        if j < len(new) and not (have == 1 and new[j] != 1):
+            right, want, j = [j], new[j], j + 1
+        while have != want:
+            if have < want:
+                left.append(i)
+                have, i = have * old[i], i + 1
+            else:
+                right.append(j)
+                want, j = want * new[j], j + 1
+        groups.append((left, right))
+    return groups
