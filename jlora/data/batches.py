@@ -1,0 +1,130 @@
+"""Examples to batches of a few static shapes, in an order that depends on a seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.data.tokens import Example
+
+Batch = dict[str, np.ndarray]
+
+
+def bucket_lengths(examples: Sequence[Example], count: int = 4, multiple: int = 8) -> list[int]:
+    """At most `count` padded lengths, multiples of `multiple`, at even quantiles of the examples' lengths."""
+    lengths = np.sort([len(example.tokens) for example in examples])
+    cuts = [lengths[-(-len(lengths) * n // count) - 1] for n in range(1, count + 1)]
+    return sorted({-(-int(cut) // multiple) * multiple for cut in cuts})
+
+
+def label_count(example: Example) -> int:
+    """How many tokens carry the loss; the first token has nothing before it to be predicted from."""
+    return int(example.loss_mask[1:].sum())
+
+
+def collate(examples: Sequence[Example], batch: int, length: int, labels: int, pad: int = 0) -> Batch:
+    """One batch: tokens i32 [b, s] and mask bool [b, s] (True: real), right-padded, and the label positions
+    positions i32 [l] into the flattened [b * s], labels i32 [l] (the token to be written next), weights f32 [l].
+
+    The head is computed at `positions` only. Slots with no label have weight 0. Raises ValueError where it cannot fit.
+    """
+    total = sum(map(label_count, examples))
+    if len(examples) > batch or total > labels or any(len(e.tokens) > length for e in examples):
+        raise ValueError(
+            f"{len(examples)} examples with {total} labels do not fit [{batch}, {length}], {labels} labels"
+        )
+    out: Batch = {
+        "tokens": np.full((batch, length), pad, np.int32),
+        "mask": np.zeros((batch, length), bool),
+        "positions": np.zeros(labels, np.int32),
+        "labels": np.zeros(labels, np.int32),
+        "weights": np.zeros(labels, np.float32),
+    }
+    start = 0
+    for n, example in enumerate(examples):
+        size = len(example.tokens)
+        out["tokens"][n, :size] = example.tokens
+        out["mask"][n, :size] = True
+        where = np.flatnonzero(example.loss_mask[1:])
+        slot = slice(start, start + len(where))
+        out["positions"][slot] = n * length + where
+        out["labels"][slot] = example.tokens[where + 1]
+        out["weights"][slot] = 1
+        start += len(where)
+    return out
+
+
+class BatchSource:
+    """Batches by step: `source[step]`, a pure function of (seed, step), for grain's random-access `MapDataset`.
+
+    Examples of one bucket make a batch, so the step compiles once a bucket. `accumulate` > 1 stacks that many
+    batches on a leading axis: [accumulate, ...]. `steps` None: one pass in the given order (evaluation), unshuffled.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch: int,
+        lengths: Sequence[int],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        accumulate: int = 1,
+        pad: int = 0,
+    ):
+        if not examples:
+            raise ValueError("there are no examples to make batches of")
+        self.examples, self.batch, self.lengths = examples, batch, sorted(lengths)
+        self.seed, self.steps, self.accumulate, self.pad = seed, steps, accumulate, pad
+        sizes = np.array([len(example.tokens) for example in examples])
+        if sizes.max() > self.lengths[-1]:
+            raise ValueError(f"an example of {sizes.max()} tokens is longer than the longest bucket {self.lengths[-1]}")
+        bucket = np.searchsorted(self.lengths, sizes)
+        self.members = [np.flatnonzero(bucket == n) for n in range(len(self.lengths))]
+        counts = np.array([label_count(example) for example in examples])
+        self.labels = [batch * int(counts[m].max(initial=0)) for m in self.members]
+        self.rows = batch * accumulate
+        self.per_epoch = sum(-(-len(m) // self.rows) for m in self.members)
+        self._epoch: tuple[int, list[tuple[int, np.ndarray]]] | None = None
+
+    def __len__(self) -> int:
+        return self.per_epoch if self.steps is None else self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        bucket, chosen = self.plan(step // self.per_epoch)[step % self.per_epoch]
+        parts = [
+            collate(
+                [self.examples[i] for i in chosen[n : n + self.batch]],
+                self.batch,
+                self.lengths[bucket],
+                self.labels[bucket],
+                self.pad,
+            )
+            for n in range(0, self.rows, self.batch)
+        ]
+        if self.accumulate == 1:
+            return parts[0]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """(bucket, example numbers) of each step of an epoch: every example once."""
+        held = self._epoch  # one tuple, replaced whole: grain's prefetching threads read it too
+        if held is not None and held[0] == epoch:
+            return held[1]
+        rng = np.random.default_rng([self.seed, epoch])
+        plan = []
+        for bucket, members in enumerate(self.members):
+            order = members if self.steps is None else rng.permutation(members)
+            plan += [(bucket, order[n : n + self.rows]) for n in range(0, len(order), self.rows)]
+        if self.steps is not None:
+            plan = [plan[n] for n in rng.permutation(len(plan))]
+        self._epoch = (epoch, plan)
+        return plan
+
+    def iterator(self) -> Any:
+        """A grain iterator over the steps; `get_state` and `set_state` are its checkpointable position."""
+        import grain
+
+        return iter(grain.MapDataset.source(self).to_iter_dataset(grain.ReadOptions(num_threads=1)))

@@ -1,0 +1,87 @@
+"""Rows to tokens with a loss mask: the answer and its end-of-turn token carry the loss, the prompt does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jlora.data.rows import DataError, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """`tokens` i32 [n]; `loss_mask` bool [n], True where the token is an answer's and is to be predicted."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The tokens before the first answer token, i32 [m]."""
+        return self.tokens[: int(np.argmax(self.loss_mask))]
+
+
+def tokenise(row: Row, tokenizer: Any) -> Example:
+    """One row by a Hugging Face tokenizer. Raises DataError where the template does not extend its own prefix."""
+    if row.messages:
+        pieces = chat_pieces(row, tokenizer)
+    else:
+        pieces = [(_ids(tokenizer, row.prompt), False), (_ids(tokenizer, row.completion) + _end(tokenizer), True)]
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if bos is not None and (getattr(tokenizer, "add_bos_token", False) or not pieces[0][0]):
+            pieces.insert(0, ([bos], False))
+    tokens = [token for ids, _ in pieces for token in ids]
+    mask = [answer for ids, answer in pieces for _ in ids]
+    return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool))
+
+
+def chat_pieces(row: Row, tokenizer: Any) -> list[tuple[list[int], bool]]:
+    """(tokens, is answer) pieces of a chat: each assistant turn is what `messages[:i+1]` rendered adds to
+    `messages[:i]` rendered with the generation prompt, so no `{% generation %}` tag is needed in the template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"{row.where}: key 'messages' needs a tokenizer with a chat template; this one has none")
+
+    def render(count: int, prompt: bool) -> str:
+        messages = list(row.messages[:count])
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    pieces: list[tuple[list[int], bool]] = []
+    done = ""
+    for n, message in enumerate(row.messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(n, True), render(n + 1, False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise DataError(f"{row.where}: key 'messages[{n}]': the chat template does not extend its own prefix here")
+        pieces.append((_ids(tokenizer, before[len(done) :]), False))
+        answer = _ids(tokenizer, after[len(before) :])
+        end = _end(tokenizer)
+        # what a template writes after the end of a turn (a newline) is no part of the answer
+        stop = answer.index(end[0]) + 1 if end and end[0] in answer else len(answer)
+        pieces += [(answer[:stop], True), (answer[stop:], False)]
+        done = after
+    return pieces[:-1]
+
+
+def tokenise_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], int]:
+    """(examples of at most `max_length` tokens, how many were cut). A cut drops the left of a prompt, never an
+    answer's end; a row whose answer alone is longer keeps the answer's last tokens."""
+    out, cut = [], 0
+    for row in rows:
+        example = tokenise(row, tokenizer)
+        if len(example.tokens) > max_length:
+            cut += 1
+            example = Example(example.tokens[-max_length:], example.loss_mask[-max_length:])
+        out.append(example)
+    return out, cut
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]

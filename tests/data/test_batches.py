@@ -1,0 +1,107 @@
+"""Tokens and batches: what carries the loss, which shapes occur, and that the order can be resumed."""
+
+import numpy as np
+import pytest
+
+from jlora.data import BatchSource, DataError, Example, Row, bucket_lengths, collate, tokenise, tokenise_rows
+
+
+class CharTokenizer:
+    """A character a token; end of turn is token 0."""
+
+    eos_token_id, bos_token_id, chat_template = 0, 1, "a template"
+
+    def __call__(self, text, add_special_tokens=True):
+        assert not add_special_tokens
+        return {"input_ids": [0 if c == "$" else ord(c) for c in text]}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        text = "".join(f"<{m['role'][0]}>{m['content']}$\n" for m in messages)
+        return text + ("<a>" if add_generation_prompt else "")
+
+
+def text_of(tokens):
+    return "".join("$" if t == 0 else chr(t) for t in tokens)
+
+
+def test_the_answer_and_its_end_carry_the_loss():
+    example = tokenise(Row(prompt="ab", completion="cd"), CharTokenizer())
+    assert text_of(example.tokens) == "abcd$" and text_of(example.tokens[example.loss_mask]) == "cd$"
+    assert text_of(example.prompt) == "ab"
+
+
+def test_chat_masks_every_assistant_turn_and_nothing_else():
+    turns = [("system", "s"), ("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant", "two")]
+    row = Row(messages=tuple({"role": r, "content": c} for r, c in turns))
+    example = tokenise(row, CharTokenizer())
+    assert text_of(example.tokens) == "<s>s$\n<u>u$\n<a>one$\n<u>v$\n<a>two$"
+    assert text_of(example.tokens[example.loss_mask]) == "one$two$"
+
+
+def test_a_template_that_rewrites_the_past_is_an_error():
+    class Rewriting(CharTokenizer):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return f"{len(messages)}" + super().apply_chat_template(messages, tokenize, add_generation_prompt)
+
+    with pytest.raises(DataError, match=r"x:3: key 'messages\[0\]'"):
+        tokenise(Row(messages=({"role": "assistant", "content": "a"},), where="x:3"), Rewriting())
+
+
+def test_a_cut_keeps_the_answer_and_is_counted():
+    examples, cut = tokenise_rows(
+        [Row(prompt="abcdef", completion="g"), Row(prompt="a", completion="b")], CharTokenizer(), 4
+    )
+    assert cut == 1 and text_of(examples[0].tokens) == "efg$" and text_of(examples[1].tokens) == "ab$"
+
+
+def make(lengths):
+    return [Example(np.arange(n, dtype=np.int32) + 100 * i, np.arange(n) >= n - 2) for i, n in enumerate(lengths)]
+
+
+def test_collate_names_the_position_before_each_label():
+    batch = collate(make([3, 5]), 3, 6, 6)
+    flat = batch["tokens"].reshape(-1)
+    real = batch["weights"] > 0
+    assert real.sum() == 4
+    np.testing.assert_array_equal(flat[batch["positions"][real] + 1], batch["labels"][real])
+    np.testing.assert_array_equal(batch["labels"][real], [1, 2, 103, 104])
+    assert batch["mask"].sum() == 8
+    with pytest.raises(ValueError, match="do not fit"):
+        collate(make([7]), 1, 6, 6)
+
+
+def test_an_epoch_has_every_example_once_in_few_shapes():
+    examples = make(np.random.default_rng(0).integers(3, 60, 101))
+    lengths = bucket_lengths(examples, 3)
+    assert len(lengths) <= 3 and all(n % 8 == 0 for n in lengths)
+    source = BatchSource(examples, 8, lengths, seed=5, steps=1000)
+    batches = [source[n] for n in range(source.per_epoch)]
+    assert len({b["tokens"].shape for b in batches}) == len(lengths)
+    firsts = [t for b in batches for t, m in zip(b["tokens"][:, 0], b["mask"][:, 0], strict=True) if m]
+    assert sorted(firsts) == [100 * n for n in range(101)]
+    again = BatchSource(examples, 8, lengths, seed=5, steps=1000)
+    other = BatchSource(examples, 8, lengths, seed=6, steps=1000)
+    same = lambda a, b: all(np.array_equal(a[n]["tokens"], b[n]["tokens"]) for n in (0, 7, 40))
+    assert same(source, again) and not same(source, other)
+
+
+def test_position_is_restored():
+    examples = make([5] * 40)
+    source = BatchSource(examples, 4, [8], seed=1, steps=30)
+    it = source.iterator()
+    for _ in range(13):
+        next(it)
+    state = it.get_state()
+    rest = [b["tokens"] for b in it]
+    resumed = BatchSource(examples, 4, [8], seed=1, steps=30).iterator()
+    resumed.set_state(state)
+    again = [b["tokens"] for b in resumed]
+    assert len(rest) == 17
+    np.testing.assert_array_equal(rest, again)
+
+
+def test_accumulation_stacks_the_same_examples():
+    examples = make([5] * 16)
+    one = BatchSource(examples, 8, [8], seed=1, steps=2)[1]
+    two = BatchSource(examples, 4, [8], seed=1, steps=2, accumulate=2)[1]
+    np.testing.assert_array_equal(one["tokens"], two["tokens"].reshape(8, 8))
