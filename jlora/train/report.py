@@ -1,0 +1,68 @@
+"""What a person sees on stderr (a rich bar, or plain lines off a terminal) and what a program reads (metrics.jsonl)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Metrics:
+    """`path`: one JSON object a line. On resuming at step n, lines of later steps are dropped: they will come again."""
+
+    def __init__(self, path: str | Path, resume_at: int = 0):
+        self.path = Path(path)
+        kept = []
+        if resume_at and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                if line.endswith("}") and json.loads(line)["step"] <= resume_at:
+                    kept.append(line)
+        beside = self.path.with_suffix(".part")
+        beside.write_text("".join(line + "\n" for line in kept))
+        beside.replace(self.path)
+
+    def write(self, kind: str, record: dict[str, Any]) -> None:
+        """Append {"kind": kind, **record}; `record` has a step."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, **record}) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records, oldest first."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+class Reporter:
+    """Progress with the time remaining: a live bar on a terminal, a line every `every` steps elsewhere."""
+
+    def __init__(self, total: int, *, label: str, start: int = 0, every: int = 10, stream: TextIO | None = None):
+        self.stream = stream if stream is not None else sys.stderr
+        self.total, self.start, self.label, self.every = total, start, label, every
+        self.began = time.monotonic()
+        self.bar: Progress | None = None
+        if self.stream.isatty():
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(file=self.stream))
+            self.task = self.bar.add_task(label, total=total, completed=start, note="")
+
+    def __enter__(self) -> Reporter:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` of `total` are finished."""
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif done % self.every == 0 or done == self.total:
+            left = (time.monotonic() - self.began) / max(done - self.start, 1) * (self.total - done)
+            eta = f"{int(left) // 60}:{int(left) % 60:02d} left"
+            print(f"{self.label} {done}/{self.total}  {note}  {eta}".rstrip(), file=self.stream, flush=True)

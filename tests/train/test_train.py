@@ -1,0 +1,191 @@
+"""The loss against a dense reference, accumulation, and a resumed run equal to an uninterrupted one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from jlora.data import BatchSource, Example
+from jlora.train import (
+    Checkpoints,
+    Interrupted,
+    OptimiserConfig,
+    answer_sums,
+    chunked_sums,
+    evaluate,
+    fit,
+    init_state,
+    make_eval_step,
+    make_optimiser,
+    make_train_step,
+)
+from jlora.train.optimiser import make_schedule
+from jlora.train.report import Metrics, Reporter
+
+VOCAB = 11
+
+
+class Tiny(nn.Module):
+    """A decoder-shaped model: hidden [b, s, d] sees the mean of the tokens so far; head [..., v]."""
+
+    def setup(self):
+        self.embed, self.out = nn.Embed(VOCAB, 8), nn.Dense(VOCAB)
+
+    def hidden(self, tokens, *, mask):
+        x = self.embed(tokens) * mask[..., None]
+        return jnp.tanh(jnp.cumsum(x, axis=1) / (1 + jnp.arange(tokens.shape[1])[:, None]))
+
+    def head(self, hidden):
+        return self.out(hidden)
+
+    def __call__(self, tokens, *, mask):
+        return self.head(self.hidden(tokens, mask=mask))
+
+
+MODEL = Tiny()
+PARAMS = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), mask=jnp.ones((1, 4), bool))["params"]
+SUMS = answer_sums(MODEL)
+sums_fn = lambda trained, frozen, batch, key: SUMS(trained, batch)
+
+
+def examples(count=24):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(4, 12, count)
+    return [Example(rng.integers(0, VOCAB, n).astype(np.int32), np.arange(n) >= n - rng.integers(1, 4)) for n in sizes]
+
+
+def source(**kwargs):
+    return BatchSource(examples(), kwargs.pop("batch", 8), [8, 16], **kwargs)
+
+
+def test_sums_equal_full_logits():
+    batch = source()[1]
+    got = SUMS(PARAMS, batch)
+    logp = jax.nn.log_softmax(MODEL.apply({"params": PARAMS}, batch["tokens"], mask=batch["mask"]))
+    loss, exact, first, tokens = 0.0, 0, 0, 0
+    flat = {int(p): int(t) for p, t, w in zip(batch["positions"], batch["labels"], batch["weights"], strict=True) if w}
+    for row in range(8):
+        hits = []
+        for col in range(batch["tokens"].shape[1]):
+            if (at := row * batch["tokens"].shape[1] + col) in flat:
+                loss -= float(logp[row, col, flat[at]])
+                hits.append(int(jnp.argmax(logp[row, col])) == flat[at])
+        tokens += len(hits)
+        exact, first = exact + (bool(hits) and all(hits)), first + (bool(hits) and hits[0])
+    assert int(got.tokens) == tokens and int(got.exact) == exact and int(got.first) == first
+    np.testing.assert_allclose(got.loss, loss, rtol=1e-5)
+
+
+def test_chunks_change_neither_loss_nor_gradient_and_hold_one_chunk_of_logits():
+    hidden = jax.random.normal(jax.random.key(1), (50, 8))
+    labels = jax.random.randint(jax.random.key(2), (50,), 0, VOCAB)
+    kernel = PARAMS["out"]["kernel"]
+
+    def total(chunk):
+        return jax.value_and_grad(lambda w: chunked_sums(lambda h: h @ w, hidden, labels, chunk)[0].sum())
+
+    whole, parts = total(50)(kernel), total(16)(kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), whole, parts)
+    assert f"50,{VOCAB}" in str(jax.make_jaxpr(total(50))(kernel))
+    text = str(jax.make_jaxpr(total(16))(kernel))
+    # neither all labels at once nor the chunks' logits stacked as residuals of the scan
+    assert f"16,{VOCAB}]" in text and f"50,{VOCAB}]" not in text and f"4,16,{VOCAB}]" not in text
+
+
+def test_accumulated_step_equals_the_big_batch():
+    tx = make_optimiser(OptimiserConfig(warmup=0), 10)
+    big = source(seed=3, steps=4)[0]
+    small = source(seed=3, steps=4, batch=2, accumulate=4)[0]
+    one, (a, _) = make_train_step(sums_fn, tx)(init_state(PARAMS, tx), None, big)
+    two, (b, _) = make_train_step(sums_fn, tx, accumulate=4)(init_state(PARAMS, tx), None, small)
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one.trained, two.trained)
+    assert not np.allclose(one.trained["out"]["kernel"], PARAMS["out"]["kernel"])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedule(schedule):
+    lr = make_schedule(OptimiserConfig(learning_rate=1.0, schedule=schedule, warmup=4), 20)
+    assert 0 < lr(0) < lr(3) < lr(4) == 1.0
+    assert lr(20) == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-6)
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    tx = make_optimiser(OptimiserConfig(learning_rate=0.05), 20)
+    step = make_train_step(sums_fn, tx)
+    straight = fit(step, init_state(PARAMS, tx), None, source(seed=1, steps=20).iterator(), steps=20)
+    before = Checkpoints(tmp_path, {"rank": 4})
+    fit(
+        step,
+        init_state(PARAMS, tx),
+        None,
+        source(seed=1, steps=20).iterator(),
+        steps=13,
+        checkpoints=before,
+        save_every=5,
+    )
+    before.close()
+
+    after = Checkpoints(tmp_path, {"rank": 4})
+    state, position = after.restore(init_state(PARAMS, tx))
+    assert int(state.step) == 10
+    batches = source(seed=1, steps=20).iterator()
+    batches.set_state(position)
+    resumed = fit(step, state, None, batches, steps=20)
+    after.close()
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+    other = Checkpoints(tmp_path, {"rank": 8})
+    with pytest.raises(ValueError, match="rank: 4 -> 8"):
+        other.restore(init_state(PARAMS, tx))
+    other.close()
+
+
+def test_sigterm_saves_and_exits_143(tmp_path):
+    import os
+    import signal
+
+    tx = optax.sgd(0.1)
+    saved = Checkpoints(tmp_path, {})
+    kill = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 7 else None
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        batches = source(seed=1, steps=20).iterator()
+        fit(make_train_step(sums_fn, tx), init_state(PARAMS, tx), None, batches, steps=20, checkpoints=saved, log=kill)
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    again = Checkpoints(tmp_path, {})
+    assert again.manager.latest_step() == 7
+    again.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    tx = optax.sgd(1.0)
+    broken = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        batches = source(seed=1, steps=5).iterator()
+        fit(make_train_step(sums_fn, tx), init_state(broken, tx), None, batches, steps=5)
+
+
+def test_evaluate_does_not_depend_on_the_batch_size():
+    step = make_eval_step(sums_fn)
+    one, two = (evaluate(step, PARAMS, None, source(batch=b).iterator()) for b in (8, 5))
+    assert one["examples"] == 24 and one == pytest.approx(two, rel=1e-5)
+
+
+def test_metrics_drop_what_a_resumed_run_repeats(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    for n in range(1, 6):
+        metrics.write("train", {"step": n})
+    resumed = Metrics(tmp_path / "m.jsonl", resume_at=3)
+    resumed.write("train", {"step": 4})
+    assert [r["step"] for r in resumed.read()] == [1, 2, 3, 4]
+
+
+def test_progress_off_a_terminal_is_plain_lines(capsys):
+    with Reporter(20, label="train") as reporter:
+        for n in range(1, 21):
+            reporter.update(n, "loss 1.0")
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and err[0].startswith("train 10/20  loss 1.0  0:0") and err[0].endswith("left")
