@@ -1,0 +1,220 @@
+"""LoRA as a transform of parameter trees: split, combine, merge (Hu et al., arXiv 2106.09685v2, section 4.1).
+
+`lorafy` reads a tree of weights and gives a second tree beside it, with factors where a weight is adapted and None
+elsewhere. Only that second tree is trained, so no gradient and no optimiser state of the first can exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.config import LoraConfig
+from jlora.inits import CHANGES_BASE, INITS
+from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
+from jlora.targets import letters_of, targeted
+from jlora.tree import Targets, first_match, path_of, paths, select
+
+
+class Adapter:
+    """A node of the trainable tree: what is trained about one weight. `attach` makes the leaf the model meets."""
+
+    def attach(self, w: Any, path: str, dropout: float, key: Any) -> ImplicitLeaf:
+        raise NotImplementedError
+
+
+def is_adapter(value: Any) -> bool:
+    return isinstance(value, Adapter)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraFactors(Adapter):
+    """The two factors of one weight. `layout`: one letter an axis of it, s(tacked), i(nput) or o(utput).
+
+    `lora_a`: the s and i axes in the weight's order, then r. `lora_b`: the s axes, r, the o axes. For a Flax kernel
+    (in, out) of layout "io" that is lora_a [in, r], lora_b [r, out]; for a stack "sio" [s, in, r] and [s, r, out].
+    """
+
+    lora_a: Any
+    lora_b: Any
+    scaling: float = dataclasses.field(default=1.0, metadata={"static": True})
+    layout: str = dataclasses.field(default="io", metadata={"static": True})
+
+    def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> LoraLeaf:
+        a_axes, b_axes = factor_axes(self.layout)
+        stack = axes_of(self.layout, "s")
+        if key is not None and stack:
+            key = jax.random.split(key, tuple(w.shape[ax] for ax in stack))
+        key_axes = stack if key is not None else ()
+        return LoraLeaf(w, self.lora_a, self.lora_b, key, a_axes, b_axes, key_axes, self.scaling, dropout, path)
+
+
+def axes_of(layout: str, letters: str) -> tuple[int, ...]:
+    return tuple(n for n, letter in enumerate(layout) if letter in letters)
+
+
+def factor_axes(layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of W along which each axis of (lora_a, lora_b) runs, `RANK` for the rank axis."""
+    return (*axes_of(layout, "si"), RANK), (*axes_of(layout, "s"), RANK, *axes_of(layout, "o"))
+
+
+def lorafy(
+    params: Any,
+    rank: int | None = None,
+    *,
+    alpha: float | None = None,
+    key: Any = None,
+    targets: Targets | None = None,
+    exclude: Targets = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layouts: Mapping[str, Any] | None = None,
+    init: str | None = None,
+    rslora: bool | None = None,
+    train: Targets = (),
+    dtype: Any = jnp.float32,
+    config: LoraConfig | None = None,
+) -> tuple[Any, Any]:
+    """(frozen, lora): the weights, not copied, and the tree of what is trained beside them.
+
+    `lora` has the structure of `params`: `LoraFactors` where a weight is adapted, the array itself where it is
+    trained whole (`train`; it is then None in `frozen`), None elsewhere.
+
+    rank, alpha: r and alpha; the product is scaled by alpha/r (alpha = r if not given), alpha/sqrt(r) with `rslora`.
+    key: PRNG key of lora_a; each leaf draws from its own, derived from its path. jax.random.key(0) if not given.
+    targets, exclude: "all-linear" (the default: every matrix but embeddings and the head), "attention", "mlp", a
+        name ("q_proj"), a regex over the slash-joined path, a list of these, or a predicate of (path, leaf).
+    rank_pattern, alpha_pattern: rank and alpha by name or regex, the first that matches.
+    layouts: {path, name or regex: letters, one an axis: s stacked or expert, i input, o output}, or what
+        `jlora.layouts(apply, params, *example)` returns. Needed for weights of three axes and more.
+    init: "kaiming" (default), "gaussian", "pissa" or "olora"; the last two replace the adapted weights in `frozen`.
+    train: leaves to train whole (a bias, a new head).
+    config: a `LoraConfig` in place of all of these but key, layouts and dtype.
+
+    Raises ValueError if nothing matches a target, if the axes of a weight cannot be told, or for a rank below 1.
+    """
+    given = config or LoraConfig()
+    if rank is not None:
+        given = dataclasses.replace(given, r=rank)
+    if config is None:
+        alpha = given.r if alpha is None else alpha
+    changes = {
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "exclude_modules": exclude or None,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "init_lora_weights": init,
+        "use_rslora": rslora,
+        "modules_to_save": train or None,
+    }
+    given = dataclasses.replace(given, **{name: value for name, value in changes.items() if value is not None})
+    key = jax.random.key(0) if key is None else key
+
+    leaves = paths(params, is_implicit)
+    whole = fully_trained(given, leaves)
+    chosen = [path for path in targeted(given, leaves, layouts) if path not in whole]
+    made: dict[str, tuple[Any, LoraFactors]] = {}
+    for path in chosen:
+        layout = letters_of(path, leaves[path], layouts)
+        made[path] = make(leaves[path], path, layout, given, leaf_key(key, path), dtype)
+
+    def frozen_at(keys: Any, leaf: Any) -> Any:
+        path = path_of(keys)
+        return None if path in whole else made[path][0] if path in made else leaf
+
+    def lora_at(keys: Any, leaf: Any) -> Any:
+        path = path_of(keys)
+        return leaf if path in whole else made[path][1] if path in made else None
+
+    walk = jax.tree_util.tree_map_with_path
+    return walk(frozen_at, params, is_leaf=is_implicit), walk(lora_at, params, is_leaf=is_implicit)
+
+
+def fully_trained(config: LoraConfig, leaves: Mapping[str, Any]) -> set[str]:
+    whole = set(select(config.modules_to_save, leaves, "modules_to_save")) if config.modules_to_save else set()
+    if config.bias == "all":
+        whole |= {path for path in leaves if path.rsplit("/", 1)[-1] in ("bias", "b", "beta")}
+    elif config.bias != "none":
+        raise ValueError(f"bias={config.bias!r} is not known: use 'none' or 'all', or name biases in modules_to_save")
+    return whole
+
+
+def leaf_key(key: Any, path: str) -> Any:
+    """The key of one leaf: it depends on the path alone, so adding a target changes no other leaf."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: Any) -> tuple[Any, LoraFactors]:
+    """(the frozen weight, its factors) for one weight."""
+    rank = first_match(config.rank_pattern, path, config.r)
+    alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
+    if rank < 1:
+        raise ValueError(f"rank {rank} for {path}: it must be 1 or more")
+    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    name = config.init_name()
+    i_axes, o_axes, s_axes = (axes_of(layout, letter) for letter in "ios")
+    s_shape, i_shape, o_shape = (tuple(w.shape[ax] for ax in axes) for axes in (s_axes, i_axes, o_axes))
+    n, rows, columns = math.prod(s_shape), math.prod(i_shape), math.prod(o_shape)
+    if name in CHANGES_BASE:
+        if rank > min(rows, columns):
+            raise ValueError(f"rank {rank} for {path} {list(w.shape)}: init {name!r} needs at most {min(rows, columns)}")
+        dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
+        matrices = jnp.transpose(dense, s_axes + i_axes + o_axes).reshape(n, rows, columns)
+    else:  # only the shape is read
+        matrices = jax.ShapeDtypeStruct((n, rows, columns), w.dtype)
+    keys = jax.random.split(key, n)
+    if name in CHANGES_BASE:
+        a, b = jax.vmap(lambda k, m: INITS[name](k, m, rank, scaling))(keys, matrices)
+    else:
+        a, b = jax.vmap(lambda k: INITS[name](k, jax.ShapeDtypeStruct((rows, columns), w.dtype), rank, scaling))(keys)
+    factors = LoraFactors(
+        a.reshape(*s_shape, *i_shape, rank).astype(dtype),
+        b.reshape(*s_shape, rank, *o_shape).astype(dtype),
+        scaling,
+        layout,
+    )
+    if name not in CHANGES_BASE:
+        return w, factors
+    base = dense.astype(jnp.float32) - factors.attach(dense, path).delta()
+    return base.astype(w.dtype), factors
+
+
+def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) -> Any:
+    """The tree a lifted function takes: adapted weights as `LoraLeaf`s, whole-trained ones from `lora`.
+
+    dropout: probability of dropping an element of the adapter's input, in [0, 1); needs `key`, a fresh one each step.
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout}: it must be at least 0 and below 1")
+    if dropout and key is None:
+        raise ValueError("dropout needs key=: a fresh PRNG key each step (leave both out to evaluate)")
+
+    def at(keys: Any, entry: Any, w: Any) -> Any:
+        if entry is None:
+            return w
+        if not is_adapter(entry):
+            return entry
+        path = path_of(keys)
+        return entry.attach(w, path, dropout, leaf_key(key, path) if dropout else None)
+
+    return jax.tree_util.tree_map_with_path(at, lora, frozen, is_leaf=lambda x: x is None or is_adapter(x))
+
+
+def merge(frozen: Any, lora: Any) -> Any:
+    """A plain tree of weights W + scaling * A·B, each in its weight's dtype, the product taken in full precision.
+
+    Un-merging is keeping `frozen`: it still holds W exactly.
+    """
+
+    def at(leaf: Any) -> Any:
+        return leaf.materialise() if is_implicit(leaf) else leaf
+
+    return jax.tree.map(at, combine(frozen, lora), is_leaf=is_implicit)

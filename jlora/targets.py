@@ -1,0 +1,109 @@
+"""Which weights are adapted, and which axes of a weight are input and output, by name or by `jlora.layouts`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora.config import LoraConfig
+from jlora.tree import matches, select
+
+GROUPS = {
+    "all-linear": lambda path: True,
+    "attention": lambda path: re.search(r"att(n|ention)", path, re.I) is not None,
+    "mlp": lambda path: re.search(r"mlp|ffn|feed_?forward|intermediate", path, re.I) is not None,
+}
+EMBEDDING = re.compile(r"embed|(^|/)wte|(^|/)wpe|position", re.I)
+VECTOR = {"bias", "scale", "b", "g", "gamma", "beta", "offset", "mean", "var"}
+HEAD = {"lm_head", "score", "classifier"}
+
+
+def known(path: str, layouts: Mapping[str, Any] | None) -> Any:
+    """What `layouts` says of `path`: its own entry, an entry that ends in it, or the first pattern that means it."""
+    for name, value in (layouts or {}).items():
+        if name == path or name.endswith("/" + path):
+            return value
+    return next((value for name, value in (layouts or {}).items() if matches(name, path)), None)
+
+
+def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str, Any] | None) -> list[str]:
+    """The paths of the weights to adapt, in tree order. Raises ValueError if there is none."""
+    wanted = config.target_modules
+    matrices = {path: leaf for path, leaf in leaves.items() if is_matrix(path, leaf, layouts)}
+    if callable(wanted):
+        chosen = select(wanted, {p: x for p, x in leaves.items() if len(getattr(x, "shape", ())) > 1}, "targets")
+    else:
+        chosen = []
+        for pattern in [wanted] if isinstance(wanted, str) else list(wanted):
+            if pattern in GROUPS:
+                found = [p for p in matrices if GROUPS[pattern](p) and is_linear(p, layouts)]
+                if not found:
+                    raise ValueError(f"targets: {pattern!r} finds no linear weight; name them, or give layouts=")
+                chosen += found
+            else:
+                chosen += named(pattern, matrices, leaves)
+    if config.exclude_modules:
+        gone = set(select(config.exclude_modules, leaves, "exclude"))
+        chosen = [path for path in chosen if path not in gone]
+    if config.layers_to_transform is not None:
+        chosen = in_layers(chosen, config.layers_to_transform)
+    if not chosen:
+        raise ValueError("targets: nothing is left to adapt after exclude_modules and layers_to_transform")
+    return [path for path in leaves if path in set(chosen)]
+
+
+def named(pattern: str, matrices: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
+    hits = select(pattern, leaves)
+    found = [path for path in hits if path in matrices]
+    if not found:
+        shapes = ", ".join(f"{path} {list(getattr(leaves[path], 'shape', ()))}" for path in hits[:4])
+        raise ValueError(f"targets: {pattern!r} matches no matrix, only {shapes}; train those whole with train=")
+    return found
+
+
+def in_layers(chosen: list[str], layers: tuple[int, ...]) -> list[str]:
+    numbers = {path: [int(n) for n in re.findall(r"(?:^|[/_])(\d+)(?=/|$)", path)] for path in chosen}
+    if not any(numbers.values()):
+        raise ValueError(f"layers_to_transform={layers}: no layer number in {chosen[0]}; a scanned stack is one leaf")
+    return [path for path in chosen if set(numbers[path]) & set(layers)]
+
+
+def is_matrix(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> bool:
+    if len(getattr(leaf, "shape", ())) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    said = known(path, layouts)
+    if said is not None:
+        letters = str(getattr(said, "letters", said))
+        return "i" in letters and "o" in letters
+    return path.rsplit("/", 1)[-1] not in VECTOR
+
+
+def is_linear(path: str, layouts: Mapping[str, Any] | None) -> bool:
+    """Whether a matrix belongs to "all-linear": no embedding and no head (as in PEFT)."""
+    kind = getattr(known(path, layouts), "kind", None)
+    by_name = "embedding" if EMBEDDING.search(path) else "linear"
+    return (kind or by_name) in ("linear", "conv") and not HEAD & set(path.split("/"))
+
+
+def letters_of(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
+    """One letter an axis. Raises ValueError where neither `layouts` nor the number of axes tells."""
+    said = known(path, layouts)
+    letters = None if said is None else str(getattr(said, "letters", said))
+    if letters is None and len(leaf.shape) == 2:
+        # Equinox and torch keep `weight` as (out, in); Flax and Haiku `kernel` and `w` as (in, out)
+        out_first = path.rsplit("/", 1)[-1] == "weight" and not EMBEDDING.search(path)
+        return "oi" if out_first else "io"
+    if letters is None:
+        raise ValueError(
+            f"the axes of {path} {list(leaf.shape)} cannot be told from its shape: pass layouts={{{path!r}: "
+            f"{'s' * (len(leaf.shape) - 2) + 'io'!r}}} (s stacked or expert, i input, o output) "
+            f"or layouts=jlora.layouts(apply, params, *example)"
+        )
+    if len(letters) != len(leaf.shape) or not set(letters) <= set("sio") or not set("io") <= set(letters):
+        raise ValueError(
+            f"layout {letters!r} for {path} {list(leaf.shape)}: one letter an axis, s, i or o, with an i and an o"
+        )
+    return letters

@@ -1,0 +1,82 @@
+"""Parameter trees by path: names, targets, counts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+
+Targets: TypeAlias = str | Iterable[str] | Callable[[str, Any], bool]
+"""Which leaves: a name, a regex, a list of them, or a predicate of (path, leaf)."""
+
+REGEX = re.compile(r"[\\^$*+?\[\](){}|]")
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A leaf's key path joined by slashes: "layers/self_attn/q_proj/kernel"."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of `tree` by path, in tree order."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `path` is meant by `pattern`: a regex found in it, or a name equal to a run of its components.
+
+    "q_proj", "self_attn/q_proj" and "self_attn.q_proj" name layers/self_attn/q_proj/kernel; "proj" does not.
+    A pattern with any of the characters \\^$*+?[](){}| is a regex.
+    """
+    if REGEX.search(pattern):
+        return re.search(pattern, path) is not None
+    return f"/{pattern.strip('/').replace('.', '/')}/" in f"/{path.replace('.', '/')}/"
+
+
+def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that means `path`; patterns are tried in order."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def select(targets: Targets, leaves: Mapping[str, Any], what: str = "targets") -> list[str]:
+    """The paths that `targets` means, in tree order. `what`: the argument's name, for the error.
+
+    Raises ValueError for a name or regex that matches nothing, with the nearest names there are.
+    """
+    if callable(targets):
+        found = [path for path, leaf in leaves.items() if targets(path, leaf)]
+        if not found:
+            raise ValueError(f"{what}: the predicate is true for none of the {len(leaves)} leaves")
+        return found
+    chosen: set[str] = set()
+    for pattern in [targets] if isinstance(targets, str) else targets:
+        hits = [path for path in leaves if matches(pattern, path)]
+        if not hits:
+            raise ValueError(f"{what}: {pattern!r} matches no leaf{near(pattern, leaves)}")
+        chosen.update(hits)
+    return [path for path in leaves if path in chosen]
+
+
+def near(pattern: str, leaves: Iterable[str]) -> str:
+    """A sentence's end that lists the names closest to `pattern` among path components and whole paths."""
+    words = {part: None for path in leaves for part in (path, *path.split("/"))}
+    close = difflib.get_close_matches(pattern, list(words), n=4, cutoff=0.5)
+    some = close or [word for word in words if "/" in word][:4] or list(words)[:4]
+    return f"; {'near' if close else 'there are'}: {', '.join(some)}" if some else "; the tree has no leaves"
+
+
+def size(tree: Any) -> int:
+    """Number of elements in all arrays of `tree`."""
+    return sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays (or ShapeDtypeStructs) of `tree`."""
+    return sum(
+        leaf.size * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    )
