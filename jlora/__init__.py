@@ -1,18 +1,26 @@
 """jlora: LoRA for any JAX function. A weight may be an object that knows how it is used."""
 
 from jlora.config import LoraConfig
+from jlora.layouts import Layout, layouts
 from jlora.leaves import ImplicitLeaf, LoraLeaf, MaterialisedWarning
 from jlora.lift import lift
 from jlora.lora import LoraFactors, combine, lorafy, merge
+from jlora.optim import keep, only_trainable, trainable_labels, trainable_mask
 
 __all__ = [
     "ImplicitLeaf",
+    "Layout",
     "LoraConfig",
     "LoraFactors",
     "LoraLeaf",
     "MaterialisedWarning",
     "combine",
+    "keep",
+    "layouts",
     "lift",
     "lorafy",
     "merge",
+    "only_trainable",
+    "trainable_labels",
+    "trainable_mask",
 ]

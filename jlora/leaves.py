@@ -25,10 +25,11 @@ class ImplicitLeaf:
 
     `rules[name](eqn, bind, position, *operands)` computes the primitive `name` when this leaf is operand number
     `position`; it returns one value, a list of values for a primitive with several results, or `NotImplemented` to
-    have the weight materialised. `bind(*operands)` runs the equation itself on other operands (they may be implicit).
+    have the weight materialised. `trainable` names the fields that train. `bind(*operands)` runs the equation itself on other operands (they may be implicit).
     """
 
     rules: ClassVar[dict[str, Callable[..., Any]]] = {}
+    trainable: ClassVar[tuple[str, ...]] = ()
     path: str
 
     @property
@@ -103,6 +104,7 @@ class LoraLeaf(ImplicitLeaf):
     path: str = dataclasses.field(default="", metadata={"static": True})
 
     rules: ClassVar[dict[str, Callable[..., Any]]] = {}
+    trainable: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +116,8 @@ class LoraLeaf(ImplicitLeaf):
 
     def delta(self) -> jax.Array:
         """scaling * A·B in the factors' own precision, with axes of size 1 where W's axis is in neither factor."""
-        product = contract(self.lora_a, self.a_axes, self.lora_b, self.b_axes, tuple(range(self.ndim)))
+        every = tuple(range(self.ndim))
+        product = contract(self.lora_a, self.a_axes, self.lora_b, self.b_axes, every, precision="highest")
         return product * self.scaling
 
     def materialise(self) -> jax.Array:

@@ -1,0 +1,71 @@
+"""Optimisers for one combined tree: what trains in it, and freezing the rest bit for bit.
+
+With the two trees of `lorafy` none of this is needed: `tx.init(lora)` sees no frozen weight. It is for users of a
+`TrainState` that holds one tree, `combine(frozen, lora)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora.leaves import is_implicit
+from jlora.tree import Targets, path_of, paths, select
+
+
+def trainable_labels(tree: Any, also: Targets = ()) -> Any:
+    """`tree` with a label for each array: "lora_a", "lora_b" (a method's own names likewise) or "frozen".
+
+    also: plain leaves that train whole (names, regexes or a predicate); they are labelled "whole".
+    For `optax.partition`, e.g. LoRA+ : {"lora_a": adamw(lr), "lora_b": adamw(16 * lr), "frozen": keep()}.
+    """
+    plain = {path: leaf for path, leaf in paths(tree, is_implicit).items() if not is_implicit(leaf)}
+    whole = set(select(also, plain, "also")) if callable(also) or list(also) else set()
+
+    def label(keys: Any, leaf: Any) -> Any:
+        if is_implicit(leaf):
+            return label_leaf(leaf)
+        return "whole" if path_of(keys) in whole else "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_implicit)
+
+
+def label_leaf(leaf: Any) -> Any:
+    """The leaf itself with labels for its arrays; a weight that is a leaf in turn is labelled by its own."""
+    children = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if not f.metadata.get("static")}
+
+    def of(name: str, value: Any) -> Any:
+        return jax.tree.map(
+            lambda x: label_leaf(x) if is_implicit(x) else name if name in leaf.trainable else "frozen",
+            value,
+            is_leaf=is_implicit,
+        )
+
+    return dataclasses.replace(leaf, **{name: of(name, value) for name, value in children.items()})
+
+
+def trainable_mask(tree: Any, also: Targets = ()) -> Any:
+    """`tree` with True for each array that trains and False for each that is frozen."""
+    return jax.tree.map(lambda label: label != "frozen", trainable_labels(tree, also))
+
+
+def keep() -> optax.GradientTransformation:
+    """Updates that change nothing, not even the sign of a zero: w + (-0.0) is w for every w. No state."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def only_trainable(tx: optax.GradientTransformation, also: Targets = ()) -> optax.GradientTransformation:
+    """`tx` for what trains in a combined tree, `keep()` for the rest: no state exists for a frozen weight."""
+
+    def labels(tree: Any) -> Any:
+        return jax.tree.map(lambda on: "train" if on else "frozen", trainable_mask(tree, also))
+
+    return optax.partition({"train": tx, "frozen": keep()}, labels)
