@@ -213,7 +213,7 @@ def elementwise(eqn: Any, bind: Callable[..., Any], position: int, *operands: An
     return out
 
 
-@rule("convert_element_type", "copy", "copy_p", "name", "sharding_constraint", "reshard", "reduce_precision", "neg",
+@rule("convert_element_type", "copy", "copy_p", "name", "sharding_constraint", "reshard", "reduce_precision", "neg", "pvary", "pcast",
       "slice", "stop_gradient")  # fmt: skip
 def same(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
     out = bind(leaf.w)

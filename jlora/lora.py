@@ -165,7 +165,9 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     n, rows, columns = math.prod(s_shape), math.prod(i_shape), math.prod(o_shape)
     if name in CHANGES_BASE:
         if rank > min(rows, columns):
-            raise ValueError(f"rank {rank} for {path} {list(w.shape)}: init {name!r} needs at most {min(rows, columns)}")
+            raise ValueError(
+                f"rank {rank} for {path} {list(w.shape)}: init {name!r} needs at most {min(rows, columns)}"
+            )
         dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
         matrices = jnp.transpose(dense, s_axes + i_axes + o_axes).reshape(n, rows, columns)
     else:  # only the shape is read

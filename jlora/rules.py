@@ -57,9 +57,7 @@ def dot_general(eqn: Any, bind: Callable[..., Any], position: int, lhs: Any, rhs
     h = contract(x, x_axes, first.astype(x.dtype), first_axes, middle, precision=precision)
     second = (second * leaf.scaling).astype(x.dtype)
     accumulate = eqn.params["preferred_element_type"]
-    delta = contract(
-        h, middle, second, second_axes, out_axes, precision=precision, preferred_element_type=accumulate
-    )
+    delta = contract(h, middle, second, second_axes, out_axes, precision=precision, preferred_element_type=accumulate)
     return base + delta.astype(base.dtype)
 
 
@@ -177,7 +175,17 @@ def only_w(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
     return leaf.map_parts(bind(leaf.w), lambda array, _: array, lambda ax: ax)
 
 
-for _name in ("copy", "copy_p", "name", "sharding_constraint", "mesh_cast", "reshard", "reduce_precision"):
+for _name in (
+    "copy",
+    "copy_p",
+    "name",
+    "sharding_constraint",
+    "mesh_cast",
+    "reshard",
+    "reduce_precision",
+    "pvary",
+    "pcast",
+):
     LoraLeaf.rules[_name] = only_w
 
 
