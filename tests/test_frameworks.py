@@ -1,0 +1,129 @@
+"""The same ten lines on a model of each library, unmodified: train, freeze, merge, with nothing materialised."""
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jlora
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (8, 6))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(6)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x)))), None
+
+
+class Scanned(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block) if self.remat else Block
+        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return stack()(x, None)[0]
+
+
+def linen(model):
+    return lambda p, x: model.apply({"params": p}, x), model.init(KEY, X)["params"]
+
+
+def from_nnx():
+    class Mlp(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(6, 12, rngs=rngs)
+            self.down = nnx.Linear(12, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.down(nnx.gelu(self.up(x)))
+
+    graph, state = nnx.split(Mlp(nnx.Rngs(0)))
+    return lambda p, x: nnx.merge(graph, p)(x), state
+
+
+def from_equinox():
+    arrays, rest = eqx.partition(eqx.nn.MLP(6, 6, 12, 2, key=KEY), eqx.is_array)
+    return lambda p, x: jax.vmap(eqx.combine(p, rest))(x), arrays
+
+
+def from_haiku():
+    f = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([12, 6])(x)))
+    return f.apply, f.init(KEY, X)
+
+
+def bare():
+    w = jax.random.normal(KEY, (2, 6, 6))
+    return lambda p, x: jnp.tanh(x @ p["one"]) @ p["two"], {"one": w[0], "two": w[1]}
+
+
+MODELS = {
+    "linen": lambda: linen(nn.Sequential([nn.Dense(12), nn.relu, nn.Dense(6)])),
+    "linen attention": lambda: linen(nn.MultiHeadDotProductAttention(2)),
+    "linen scan": lambda: linen(Scanned()),
+    "linen scan and remat": lambda: linen(Scanned(remat=True)),
+    "nnx": from_nnx,
+    "equinox": from_equinox,
+    "haiku": from_haiku,
+    "bare": bare,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_train_freeze_merge(name):
+    f, params = MODELS[name]()
+    before = jax.tree.map(np.array, params)
+    found = jlora.layouts(f, params, X)
+    frozen, lora = jlora.lorafy(params, rank=2, alpha=4, key=KEY, layouts=found)
+    assert all(a is b for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(params), strict=True))  # not a copy
+    apply = jlora.lift(f, strict=True)
+
+    def loss(lora):
+        return jnp.mean((apply(jlora.combine(frozen, lora), X) - jnp.sin(3 * X)) ** 2)
+
+    tx = optax.adam(3e-2)
+    state = tx.init(lora)
+
+    @jax.jit
+    def step(lora, state):
+        value, grads = jax.value_and_grad(loss)(lora)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(lora, updates), state, value
+
+    np.testing.assert_array_equal(apply(jlora.combine(frozen, lora), X), f(params, X))
+    values = []
+    for _ in range(40):
+        lora, state, value = step(lora, state)
+        values.append(float(value))
+    assert values[-1] < 0.8 * values[0]
+    assert step._cache_size() == 1
+    for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    want = apply(jlora.combine(frozen, lora), X)
+    np.testing.assert_allclose(f(jlora.merge(frozen, lora), X), want, atol=1e-5 * np.abs(want).max())
+    assert jax.tree.structure(jlora.merge(frozen, lora)) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_tree_for_a_train_state(name):
+    f, params = MODELS[name]()
+    tree = jlora.combine(*jlora.lorafy(params, rank=2, key=KEY, layouts=jlora.layouts(f, params, X)))
+    tx = jlora.only_trainable(optax.adam(1e-2))
+    state = tx.init(tree)
+    grads = jax.grad(lambda t: jnp.sum(jlora.lift(f)(t, X) ** 2))(tree)
+    updates, state = tx.update(grads, state, tree)
+    after = optax.apply_updates(tree, updates)
+    moved = 0
+    for on, a, b in zip(*map(jax.tree.leaves, (jlora.trainable_mask(tree), tree, after)), strict=True):
+        assert on or np.array_equal(np.signbit(a), np.signbit(b)) and np.array_equal(a, b)
+        moved += bool(on and not np.array_equal(a, b))
+    assert moved > 0
+    trained = sum(x.size for on, x in zip(*map(jax.tree.leaves, (jlora.trainable_mask(tree), tree)), strict=True) if on)
+    assert sum(x.size for x in jax.tree.leaves(state) if np.ndim(x)) == 2 * trained
