@@ -1,19 +1,23 @@
 """jlora: LoRA for any JAX function. A weight may be an object that knows how it is used."""
 
+from jlora.audit import Audit, audit
 from jlora.config import LoraConfig
 from jlora.layouts import Layout, layouts
 from jlora.leaves import ImplicitLeaf, LoraLeaf, MaterialisedWarning
 from jlora.lift import lift
 from jlora.lora import LoraFactors, combine, lorafy, merge
 from jlora.optim import keep, only_trainable, trainable_labels, trainable_mask
+from jlora.summary import summary
 
 __all__ = [
+    "Audit",
     "ImplicitLeaf",
     "Layout",
     "LoraConfig",
     "LoraFactors",
     "LoraLeaf",
     "MaterialisedWarning",
+    "audit",
     "combine",
     "keep",
     "layouts",
@@ -21,6 +25,7 @@ __all__ = [
     "lorafy",
     "merge",
     "only_trainable",
+    "summary",
     "trainable_labels",
     "trainable_mask",
 ]

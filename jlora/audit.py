@@ -1,0 +1,129 @@
+"""`audit(step, ...)`: what the compiled step really does, against what LoRA promises.
+
+The optimised program is read as text. A frozen matrix betrays itself by its shape: a product with that shape is its
+gradient or A·B written out, a sum with that shape is W + A·B. Optimiser state betrays itself the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+from jlora.leaves import is_implicit
+from jlora.tree import nbytes, paths
+
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?\w+\[([\d,]*)\]\S* ([\w\-]+)\((.*)$")
+PRODUCTS = {"dot", "convolution"}
+SUMS = {"add", "subtract"}
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What was found. `problems`: one sentence each; none if every promise is kept.
+
+    flops: of the compiled step as XLA counts them (a loop's body once), None where the backend does not say.
+    bytes: arguments, outputs, temporaries, frozen weights, trained leaves and optimiser state, in bytes.
+    """
+
+    problems: tuple[str, ...]
+    flops: float | None
+    bytes: dict[str, int]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {count / 1e6:,.2f} MB" for name, count in self.bytes.items()]
+        lines.append(f"FLOPs (loop bodies once): {self.flops:.3g}" if self.flops else "FLOPs: not told by this backend")
+        lines += [f"PROBLEM: {problem}" for problem in self.problems] or [
+            "no gradient of a frozen weight, none materialised, no optimiser state for one"
+        ]
+        return "\n".join(lines)
+
+
+def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) -> Audit:
+    """Compile `step(*args)` and check it. args: arrays or `ShapeDtypeStruct`s (with shardings, for other devices).
+
+    step: a function or a `jax.jit` of one. frozen, lora: the trees of `lorafy`; opt_state: the optimiser's.
+    Matrices are recognised by shape, so audit with a batch whose number of tokens is no dimension of a weight.
+    """
+    compiled = (step if hasattr(step, "lower") else jax.jit(step)).lower(*args).compile()
+    weights = {path: leaf for path, leaf in paths(frozen).items() if len(wide(leaf.shape)) > 1}
+    problems = [*in_program(compiled.as_text() or "", weights), *in_state(opt_state, weights, lora)]
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    counts = {
+        "arguments": memory.argument_size_in_bytes if memory else 0,
+        "outputs": memory.output_size_in_bytes if memory else 0,
+        "temporaries": memory.temp_size_in_bytes if memory else 0,
+        "frozen weights": nbytes(frozen),
+        "trained": nbytes(lora),
+        "optimiser state": nbytes(opt_state),
+    }
+    return Audit(tuple(dict.fromkeys(problems)), cost.get("flops"), counts)
+
+
+def wide(shape: Any) -> Shape:
+    """The axes longer than 1, sorted: a shape up to transposition."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+def signatures(weights: dict[str, Any]) -> dict[Shape, list[str]]:
+    """Paths by the shapes their weight may have in the program: whole, a row of the stack, and a device's shard."""
+    found: dict[Shape, list[str]] = {}
+    for path, leaf in weights.items():
+        shapes = {tuple(leaf.shape)}
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None:
+            shapes.add(tuple(sharding.shard_shape(tuple(leaf.shape))))
+        shapes |= {shape[1:] for shape in shapes if len(shape) > 2}
+        for shape in {wide(shape) for shape in shapes}:
+            if len(shape) > 1:
+                found.setdefault(shape, []).append(path)
+    return found
+
+
+def in_program(text: str, weights: dict[str, Any]) -> list[str]:
+    """Instructions that compute something of a frozen matrix's shape, as sentences."""
+    lines = [match.groups() for match in map(INSTRUCTION.match, text.splitlines()) if match]
+    dims = {name: [int(n) for n in size.split(",") if n] for name, size, _, _ in lines}
+    known = signatures(weights)
+    problems = []
+    for name, _, opcode, rest in lines:
+        paths_here = known.get(wide(dims[name]))
+        if not paths_here or opcode not in PRODUCTS | SUMS:
+            continue
+        who = ", ".join(paths_here[:3]) + (" ..." if len(paths_here) > 3 else "")
+        if opcode in SUMS:
+            problems.append(f"a sum of the shape of {who} {dims[name]}: W + A·B is materialised, or W is updated")
+        else:
+            over = contracted(rest, dims)
+            problems.append(f"a product of the shape of {who} {dims[name]}{over}: its gradient, or A·B written out")
+    return problems
+
+
+def contracted(rest: str, dims: dict[str, list[int]]) -> str:
+    axes = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", rest)
+    names = re.findall(r"%([\w.\-]+)", rest)
+    if axes is None or not names or names[0] not in dims:
+        return ""
+    return f" summed over {math.prod(dims[names[0]][int(n)] for n in axes[1].split(','))} elements"
+
+
+def in_state(opt_state: Any, weights: dict[str, Any], lora: Any) -> list[str]:
+    """Optimiser arrays that have a frozen matrix's shape and no trained leaf's."""
+    trained = {tuple(leaf.shape) for leaf in jax.tree.leaves(lora)}
+    problems = []
+    for path, leaf in paths(opt_state, is_implicit).items():
+        shape = tuple(getattr(leaf, "shape", ()))
+        owner = next((p for p, w in weights.items() if tuple(w.shape) == shape), None)
+        if owner is not None and shape not in trained:
+            problems.append(f"the optimiser keeps {path} {list(shape)} for the frozen {owner}")
+    return problems

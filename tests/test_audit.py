@@ -1,0 +1,106 @@
+"""`audit` passes an honest step and fails each way of breaking a promise; `summary` counts."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jlora
+
+D, F, TOKENS = 24, 40, 56
+
+
+def model(p, x):
+    def layer(c, w):
+        return c + jnp.tanh(jax.nn.gelu(c @ w["up"]) @ w["down"]) * w["scale"], None
+
+    return jax.lax.scan(layer, x, p["layers"])[0] @ p["out"]
+
+
+def setting():
+    k = jax.random.split(jax.random.key(0), 3)
+    layers = {
+        "up": jax.random.normal(k[0], (3, D, F)) / 5,
+        "down": jax.random.normal(k[1], (3, F, D)) / 6,
+        "scale": jnp.ones((3, D)),
+    }
+    params = {"layers": layers, "out": jax.random.normal(k[2], (D, 33))}
+    x = jax.random.normal(k[0], (TOKENS, D))
+    return params, x, jlora.layouts(model, params, x)
+
+
+def stepper(loss, tx):
+    def step(trained, state, frozen, x):
+        value, grads = jax.value_and_grad(loss)(trained, frozen, x)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    return step
+
+
+def honest(lora, frozen, x):
+    return jnp.mean(jlora.lift(model, strict=True)(jlora.combine(frozen, lora), x) ** 2)
+
+
+def merged(lora, frozen, x):
+    return jnp.mean(model(jlora.merge(frozen, lora), x) ** 2)
+
+
+def test_an_honest_step_passes():
+    params, x, layouts = setting()
+    frozen, lora = jlora.lorafy(params, 2, layouts=layouts)
+    tx = optax.adam(1e-3)
+    report = jlora.audit(
+        stepper(honest, tx), lora, tx.init(lora), frozen, x, frozen=frozen, lora=lora, opt_state=tx.init(lora)
+    )  # noqa: E501
+    assert report.ok, str(report)
+    assert report.bytes["optimiser state"] == 2 * report.bytes["trained"] + 4
+    assert "no gradient" in str(report)
+
+
+def test_a_materialised_weight_is_found():
+    params, x, layouts = setting()
+    frozen, lora = jlora.lorafy(params, 2, layouts=layouts)
+    tx = optax.adam(1e-3)
+    report = jlora.audit(stepper(merged, tx), lora, tx.init(lora), frozen, x, frozen=frozen, lora=lora)
+    assert not report.ok and "layers/up" in str(report)
+
+
+def test_a_frozen_gradient_and_its_state_are_found():
+    params, x, layouts = setting()
+    frozen, lora = jlora.lorafy(params, 2, layouts=layouts)
+    tx = optax.adam(1e-3)
+    both = (lora, frozen)
+    step = stepper(lambda both, _, x: honest(*both, x), tx)
+    report = jlora.audit(step, both, tx.init(both), (), x, frozen=frozen, lora=lora, opt_state=tx.init(both))
+    assert any("summed over 56 elements" in problem for problem in report.problems), str(report)
+    assert any("the optimiser keeps" in problem for problem in report.problems), str(report)
+
+
+def test_summary_counts():
+    params, _, layouts = setting()
+    frozen, lora = jlora.lorafy(params, 2, layouts=layouts, train="scale", targets="all-linear")
+    text = jlora.summary(frozen, lora)
+    trained = 3 * 2 * (D + F) * 2 + 3 * D + 2 * (D + 33)
+    assert f"{trained:,} of {jlora.tree.size(params):,} trained" in text
+    assert "whole" in text and "axes sio" in text
+    assert frozen["layers"]["scale"] is None
+
+
+@pytest.mark.parametrize(
+    "given, text",
+    [
+        ({"targets": "upp"}, "near: up"),
+        ({"targets": "scale"}, "matches no matrix"),
+        ({"rank": 0}, "rank"),
+        ({"init": "kaimin"}, "not known"),
+        ({"layouts": {"up": "io"}, "targets": "up"}, "one letter an axis"),
+        ({"layouts": None}, "jlora.layouts"),
+        ({"targets": "up", "exclude": "layers"}, "nothing is left"),
+        ({"init": "pissa", "rank": 30, "targets": "up"}, "needs at most 24"),
+    ],
+)
+def test_bad_arguments_say_what_would_fix_them(given, text):
+    params, _, layouts = setting()
+    with pytest.raises(ValueError, match=text):
+        jlora.lorafy(params, **{"rank": 2, "layouts": layouts, **given})
