@@ -1,0 +1,1 @@
+"""Models in Flax Linen, no word of LoRA in them."""

@@ -1,0 +1,294 @@
+"""The Llama family of decoders: Llama 1 to 3.3, Mistral, SmolLM2, Qwen 2, 2.5 and 3, in Flax Linen.
+
+Axes: b batch, s sequence, t keys (the cache's length, or s), d model, f feed-forward, h heads, g key/value heads,
+k head size, v vocabulary, l layers. Module names are the Hub's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.models.rope import frequencies, rotate
+from jlora.models.tensors import HFTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and switches, under the Hub's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, Any], ...] | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    model_type: str = "llama"
+
+    @classmethod
+    def from_hf(cls, hub: Mapping[str, Any]) -> LlamaConfig:
+        """From a `config.json`. Raises ValueError for a field whose value changes results and is not supported."""
+        kind = hub["model_type"]
+        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise ValueError(f"model_type {kind!r} is no member of the Llama family")
+        if hub.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {hub['hidden_act']!r} is not supported in {kind}: silu is")
+        if hub.get("pretraining_tp", 1) != 1:
+            raise ValueError(f"pretraining_tp {hub['pretraining_tp']} is not supported: 1 is")
+        rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
+        theta = hub.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0
+        rope.pop("rope_theta", None)
+        heads = hub["num_attention_heads"]
+        windowed = hub.get("use_sliding_window", kind == "mistral")
+        if windowed and kind.startswith("qwen") and hub.get("max_window_layers", 0) < hub["num_hidden_layers"]:
+            raise ValueError("use_sliding_window with some layers full and some not is not supported in qwen")
+        config = cls(
+            vocab_size=hub["vocab_size"],
+            hidden_size=hub["hidden_size"],
+            intermediate_size=hub["intermediate_size"],
+            num_hidden_layers=hub["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hub.get("num_key_value_heads") or heads,
+            head_dim=hub.get("head_dim") or hub["hidden_size"] // heads,
+            rms_norm_eps=hub.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_scaling=tuple(sorted(rope.items())) or None,
+            tie_word_embeddings=bool(hub.get("tie_word_embeddings", False)),
+            qkv_bias=bool(hub.get("attention_bias", kind == "qwen2")) or kind == "qwen2",
+            o_bias=bool(hub.get("attention_bias", False)) and kind != "qwen2",
+            mlp_bias=bool(hub.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            sliding_window=hub.get("sliding_window") if windowed and not kind.startswith("qwen") else None,
+            model_type=kind,
+        )
+        config.frequencies()
+        return config
+
+    def frequencies(self) -> np.ndarray:
+        """Rotary frequencies f64 [k / 2]."""
+        return frequencies(self.head_dim, self.rope_theta, dict(self.rope_scaling) if self.rope_scaling else None)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., d] -> [..., d]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
+        """x [b, s, d], allowed bool [b, s, t], kv None or two [b, t, g, k] written at `index` -> ([b, s, d], kv)."""
+        c = self.config
+        g, k = c.num_key_value_heads, c.head_dim
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = dense(count * k, use_bias=c.qkv_bias, name=f"{name}_proj")(x).reshape(*x.shape[:2], count, k)
+            if c.qk_norm and name != "v":
+                y = norm(name=f"{name}_norm")(y)
+            return y if name == "v" else rotate(y, positions, c.frequencies())
+
+        q, keys, values = heads("q", c.num_attention_heads), heads("k", g), heads("v", g)
+        if kv is not None:
+            keys, values = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
+                for old, new in zip(kv, (keys, values), strict=True)
+            )
+            kv = (keys, values)
+        q = q.reshape(*q.shape[:2], g, -1, k)
+        scores = jnp.einsum("bsgrk,btgk->bgrst", q, keys.astype(q.dtype)).astype(jnp.float32) * k**-0.5
+        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        out = jnp.einsum("bgrst,btgk->bsgrk", weights, values.astype(self.dtype)).reshape(*x.shape[:2], -1)
+        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), kv
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [b, s, d] -> [b, s, d]."""
+        c = self.config
+        dense = functools.partial(nn.Dense, use_bias=c.mlp_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        gate, up = (dense(c.intermediate_size, name=f"{name}_proj")(x) for name in ("gate", "up"))
+        return dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, in the form `nn.scan` wants: (x, cache of the layer, what all layers share) -> (x, cache)."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
+        """x [b, s, d] -> ([b, s, d], kv)."""
+        parts = (self.config, self.dtype, self.param_dtype)
+        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
+        y, kv = Attention(*parts, name="self_attn")(norm(name="input_layernorm")(x), kv, positions, allowed, index)
+        x = x + y
+        return x + MLP(*parts, name="mlp")(norm(name="post_attention_layernorm")(x)), kv
+
+
+class Llama(nn.Module):
+    """The decoder. `remat`: False, True (keep nothing of a layer) or "dots" (keep products with weights)."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: bool | str = False
+
+    def setup(self) -> None:
+        """The parts; parameters are named as on the Hub."""
+        c = self.config
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
+        block: Any = Block
+        if self.remat:
+            policy = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None
+            block = nn.remat(Block, prevent_cse=not self.scan_layers, policy=policy)
+        if self.scan_layers:
+            block = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+            )
+            self.layers = block(c, **kinds)
+        else:
+            self.layers = [block(c, **kinds) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, **kinds)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
+
+    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
+        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
+        hidden = self.hidden(tokens, **options)
+        if options.get("cache") is not None:
+            return self.head(hidden[0]), hidden[1]
+        return self.head(hidden)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d] -> logits f32 [..., v]."""
+        logits = self.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> Any:
+        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache).
+
+        mask bool [b, s]: True for a real token. segment_ids i32 [b, s]: packed examples, 0 for padding.
+        positions i32 [b, s]: the running count of real tokens if not given. cache: as `init_cache` makes it.
+        """
+        if segment_ids is not None and cache is not None:
+            raise ValueError("segment_ids go with training, a cache with generation: give one of them")
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        real = real if segment_ids is None else real & (segment_ids > 0)
+        index = 0 if cache is None else cache["index"]
+        seen = real if cache is None else jax.lax.dynamic_update_slice(cache["mask"], real, (0, index))
+        count = jnp.cumsum(seen, axis=1) - 1
+        here = count if cache is None else jax.lax.dynamic_slice_in_dim(count, index, tokens.shape[1], 1)
+        positions = jnp.maximum(here, 0) if positions is None else positions
+        rows = index + jnp.arange(tokens.shape[1])[:, None]
+        columns = jnp.arange(seen.shape[1])[None]
+        causal = columns <= rows
+        if self.config.sliding_window is not None:
+            causal &= columns > rows - self.config.sliding_window
+        allowed = causal & seen[:, None]
+        if segment_ids is not None:
+            allowed &= segment_ids[:, :, None] == segment_ids[:, None]
+        x, kv = self.embed_tokens(tokens), None if cache is None else cache["kv"]
+        if self.scan_layers:
+            x, kv = self.layers(x, kv, positions, allowed, index)
+        else:
+            new = []
+            for n, layer in enumerate(self.layers):
+                x, one = layer(
+                    x, None if kv is None else jax.tree.map(lambda a, n=n: a[n], kv), positions, allowed, index
+                )
+                new.append(one)
+            kv = None if kv is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        x = self.norm(x)
+        if cache is None:
+            return x
+        return x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]}
+
+
+def init_cache(config: LlamaConfig, batch: int, size: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """An empty cache for `size` tokens: keys and values [l, b, t, g, k], which of them are real, how many there are."""
+    shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
+    empty = jnp.zeros(shape, dtype)
+    return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+
+
+def hf_tensors(config: LlamaConfig, scan_layers: bool = True) -> list[HFTensor]:
+    """Every tensor of the Hub's checkpoint and where it lies in the tree."""
+    out = [HFTensor("model.embed_tokens.weight", "embed_tokens/embedding"), HFTensor("model.norm.weight", "norm/scale")]
+    if not config.tie_word_embeddings:
+        out.append(HFTensor("lm_head.weight", "lm_head/kernel", transpose=True))
+    biased = {"q": config.qkv_bias, "k": config.qkv_bias, "v": config.qkv_bias, "o": config.o_bias}
+    linears = {f"self_attn/{name}_proj": bias for name, bias in biased.items()}
+    linears |= {f"mlp/{name}_proj": config.mlp_bias for name in ("gate", "up", "down")}
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["self_attn/q_norm", "self_attn/k_norm"] if config.qk_norm else []
+    for n in range(config.num_hidden_layers):
+        where, layer = ("layers", n) if scan_layers else (f"layers_{n}", None)
+        hub = f"model.layers.{n}."
+        for name, bias in linears.items():
+            dotted = hub + name.replace("/", ".")
+            out.append(HFTensor(f"{dotted}.weight", f"{where}/{name}/kernel", layer, transpose=True))
+            if bias:
+                out.append(HFTensor(f"{dotted}.bias", f"{where}/{name}/bias", layer))
+        for name in norms:
+            out.append(HFTensor(f"{hub}{name.replace('/', '.')}.weight", f"{where}/{name}/scale", layer))
+    return out
