@@ -1,0 +1,5 @@
+"""Files in, files out."""
+
+from jlora.io.load import Pretrained, load
+
+__all__ = ["Pretrained", "load"]

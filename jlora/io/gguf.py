@@ -1,0 +1,180 @@
+"""GGUF files (llama.cpp's format): tensors dequantised to plain trees, config and tokenizer from the metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.models.llama import LlamaConfig, hf_tensors
+from jlora.models.tensors import HFTensor
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def gguf_name(hub: str) -> str:
+    """The GGUF name of a Hub tensor: model.layers.3.self_attn.q_proj.weight is blk.3.attn_q.weight."""
+    module, kind = hub.rsplit(".", 1)
+    if not module.startswith("model.layers."):
+        return f"{NAMES[module]}.{kind}"
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{NAMES[rest]}.{kind}"
+
+
+def open_gguf(path: str | Path) -> Any:
+    """The reader of the file. Raises ImportError saying which extra brings it, ValueError for another format."""
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("GGUF files need the gguf package: pip install 'jlora[gguf]'") from None
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    return gguf.GGUFReader(path)
+
+
+def metadata(reader: Any) -> Callable[..., Any]:
+    """get(key, default) over the file's key-value pairs."""
+
+    def get(key: str, *default: Any) -> Any:
+        field = reader.get_field(key)
+        if field is None:
+            if default:
+                return default[0]
+            raise ValueError(f"the GGUF file has no key {key!r}")
+        return field.contents()
+
+    return get
+
+
+def config_of(reader: Any) -> LlamaConfig:
+    """The sizes. Raises ValueError for an architecture or a rope scaling that is not supported."""
+    get = metadata(reader)
+    arch = get("general.architecture")
+    if arch not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"GGUF architecture {arch!r} is not supported: llama, qwen2 and qwen3 are")
+    scaling = get(f"{arch}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"GGUF rope scaling {scaling!r} is not supported: linear is")
+    names = {tensor.name for tensor in reader.tensors}
+    if "rope_freqs.weight" in names:
+        raise ValueError("rope_freqs.weight (Llama 3.1's long rope) is not read from GGUF: use the Hub's checkpoint")
+    heads = get(f"{arch}.attention.head_count")
+    d = get(f"{arch}.embedding_length")
+    return LlamaConfig.from_hf(
+        {
+            "model_type": arch,
+            "vocab_size": len(get("tokenizer.ggml.tokens")),
+            "hidden_size": d,
+            "intermediate_size": get(f"{arch}.feed_forward_length"),
+            "num_hidden_layers": get(f"{arch}.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get(f"{arch}.attention.head_count_kv", heads),
+            "head_dim": get(f"{arch}.attention.key_length", d // heads),
+            "rms_norm_eps": float(get(f"{arch}.attention.layer_norm_rms_epsilon")),
+            "rope_theta": float(get(f"{arch}.rope.freq_base", 10000.0)),
+            "rope_scaling": {"rope_type": "linear", "factor": float(get(f"{arch}.rope.scaling.factor"))}
+            if scaling == "linear"
+            else None,
+            "tie_word_embeddings": "output.weight" not in names,
+        }
+    )
+
+
+def read_gguf(path: str | Path) -> tuple[LlamaConfig, Callable[[HFTensor], np.ndarray], Any]:
+    """(config, read, reader): `read(tensor)` is one Hub tensor f32 in torch's orientation, dequantised.
+
+    llama.cpp interleaves the two halves of each rotary head in the rows of q and k for architecture "llama"; that
+    is undone here. Raises ValueError listing the tensors that are missing.
+    """
+    import gguf
+
+    reader = open_gguf(path)
+    config = config_of(reader)
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    missing = [name for name in (gguf_name(t.name) for t in hf_tensors(config)) if name not in held]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+
+    def read(tensor: HFTensor) -> np.ndarray:
+        name = gguf_name(tensor.name)
+        w = np.asarray(gguf.dequantize(held[name].data, held[name].tensor_type), np.float32)
+        if config.model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            half = config.head_dim // 2
+            w = w.reshape(-1, half, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
+        return w
+
+    return config, read, reader
+
+
+def tokenizer_of(reader: Any) -> Any:
+    """A `transformers` fast tokenizer with the chat template, from the metadata (byte-level BPE).
+
+    Raises ValueError for another kind of vocabulary.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    get = metadata(reader)
+    if get("tokenizer.ggml.model") != "gpt2":
+        raise ValueError(f"GGUF tokenizer {get('tokenizer.ggml.model')!r} is not supported: byte-level BPE (gpt2) is")
+    tokens = get("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges")]
+    pre = get("tokenizer.ggml.pre", "default")
+    bpe = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("smollm", "gpt-2", "default"))
+    if pre == "smollm":  # digits one by one
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    elif pre in ("gpt-2", "default"):
+        bpe.pre_tokenizer = bytes_
+    elif pre in SPLITS:
+        split = pre_tokenizers.Split(_regex(SPLITS[pre]), behavior="isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    else:
+        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported: {', '.join(['smollm', 'gpt-2', *SPLITS])} are")
+    bpe.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, get("tokenizer.ggml.token_type"), strict=True) if kind in (3, 4)]
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+
+    def special(name: str) -> str | None:
+        number = get(f"tokenizer.ggml.{name}_token_id", None)
+        return None if number is None else tokens[number]
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=special("bos"),
+        eos_token=special("eos"),
+        unk_token=special("unknown"),
+        pad_token=special("padding") or special("eos"),
+        chat_template=get("tokenizer.chat_template", None),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+SPLITS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # noqa: E501
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # noqa: E501
+}
+
+
+def _regex(pattern: str) -> Any:
+    from tokenizers import Regex
+
+    return Regex(pattern)
