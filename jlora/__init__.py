@@ -1,6 +1,7 @@
 """jlora: LoRA for any JAX function. A weight may be an object that knows how it is used."""
 
 from jlora.audit import Audit, audit
+from jlora import tree
 from jlora.config import LoraConfig
 from jlora.layouts import Layout, layouts
 from jlora.leaves import ImplicitLeaf, LoraLeaf, MaterialisedWarning
@@ -28,4 +29,5 @@ __all__ = [
     "summary",
     "trainable_labels",
     "trainable_mask",
+    "tree",
 ]

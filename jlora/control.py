@@ -46,9 +46,7 @@ def constrain(value: Any, sharding: Any) -> Any:
 
 def remat(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any]:
     body = functools.partial(run, eqn.params["jaxpr"], ())
-    kept = jax.checkpoint(
-        lambda *args: body(args), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-    )
+    kept = jax.checkpoint(lambda *args: body(args), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     return kept(*operands)
 
 

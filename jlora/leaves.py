@@ -124,7 +124,9 @@ class LoraLeaf(ImplicitLeaf):
         w = self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
         return (w + self.delta()).astype(self.dtype)
 
-    def map_parts(self, on_w: Any, on_factor: Callable[[Any, tuple[int, ...]], Any], rename: Callable[[int], int | None]) -> LoraLeaf:
+    def map_parts(
+        self, on_w: Any, on_factor: Callable[[Any, tuple[int, ...]], Any], rename: Callable[[int], int | None]
+    ) -> LoraLeaf:
         """The leaf after a structural change: `on_w` replaces w, `on_factor(array, axes)` changes each factor and
         `rename` gives each old axis of W its new number, or None where the axis is gone."""
 

@@ -1,1 +1,29 @@
 """Models in Flax Linen, no word of LoRA in them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jlora.models.tensors import HFTensor
+
+LLAMA = ("jlora.models.llama", "LlamaConfig", "Llama")
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+
+
+class Family(NamedTuple):
+    """What one family's module offers."""
+
+    config: Any
+    model: Any
+    hf_tensors: Callable[..., list[HFTensor]]
+
+
+def family(model_type: str) -> Family:
+    """The family of a config.json's `model_type`, imported on first use. Raises ValueError if it is not known."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    where, config, model = FAMILIES[model_type]
+    module = importlib.import_module(where)
+    return Family(getattr(module, config), getattr(module, model), module.hf_tensors)
