@@ -1,23 +1,104 @@
-"""`jlora <command>`: logs to stderr, results to stdout; exit 0 ok, 1 failure, 2 usage, 143 saved on SIGTERM."""
+"""`jlora <command>`: logs to stderr, results to stdout; exit 0 ok, 1 failure, 2 usage, 130 Ctrl-C, 143 on SIGTERM."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
-from jlora.demo import DemoConfig, demo
+COMMANDS = {
+    "train": ("jlora.commands.train", "TrainConfig", "train"),
+    "eval": ("jlora.commands.evaluate", "EvalConfig", "evaluate_command"),
+    "merge": ("jlora.commands.merge", "MergeConfig", "merge_command"),
+    "demo": ("jlora.demo", "DemoConfig", "demo"),
+}
+"""Name: (module, dataclass of its settings, function of them). A module is imported when its command runs."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; the process ends with its exit code."""
-    commands = {"demo": DemoConfig}
-    config = tyro.extras.subcommand_cli_from_dict(commands, prog="jlora", args=args)
+    """Run one command; a process that fails ends with its exit code."""
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    name, *rest = words
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS)
+        hint = f": did you mean {' or '.join(close)}?" if close else ""
+        print(f"jlora: {name} is not a command{hint}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    module, settings, function = COMMANDS[name]
+    loaded = importlib.import_module(module)
+    as_json, rest = "--json" in rest, [word for word in rest if word != "--json"]
     try:
-        result = demo(config)
+        config = parse(getattr(loaded, settings), rest, f"jlora {name}")
+    except (ValueError, OSError) as error:
+        print(f"jlora {name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        result = getattr(loaded, function)(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"jlora: {error}", file=sys.stderr)
+        print(f"jlora {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    print(json.dumps(result))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if result is not None:
+        print(json.dumps(result) if as_json else table(result))
+
+
+def parse(cls: Any, args: Sequence[str], prog: str) -> Any:
+    """Settings of the dataclass `cls` from flags; `--config FILE.yaml` gives other defaults, and flags win."""
+    from jlora.commands.settings import read_settings
+
+    words, given = list(args), {}
+    for n, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or "".join(words[n + 1 : n + 2])
+            if not path:
+                raise ValueError("--config needs a file: --config run.yaml")
+            given = read_settings(cls, path)
+            del words[n : n + (1 if "=" in word else 2)]
+            break
+    return tyro.cli(cls, prog=prog, args=words, default=with_defaults(cls, given))
+
+
+def with_defaults(cls: Any, given: dict[str, Any]) -> Any:
+    """An instance of `cls` whose fields in `given` are set; tyro must still ask for those with no default."""
+    missing = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return cls(**{**missing, **given})
+
+
+def usage() -> str:
+    """The commands, a line each: the first of each settings' docstring."""
+    lines = ["usage: jlora COMMAND [--config FILE.yaml] [--json] [flags]   (jlora COMMAND --help)", ""]
+    for name, (module, settings, _) in COMMANDS.items():
+        doc = getattr(importlib.import_module(module), settings).__doc__
+        lines.append(f"  {name:10} {doc.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def table(result: Any, indent: str = "") -> str:
+    """A result for people: `name: value` lines."""
+    if not isinstance(result, dict):
+        return str(result)
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", table(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{indent}{name}:")
+            lines += [table(item, indent + "  ") for item in value]
+        else:
+            lines.append(f"{indent}{name}: {value:.4g}" if isinstance(value, float) else f"{indent}{name}: {value}")
+    return "\n".join(lines)

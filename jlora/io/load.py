@@ -29,14 +29,28 @@ class Pretrained:
     tokenizer: Any
     source: str
     tensors: list[HFTensor]
+    folder: Path | None = None
+    """Where the Hub files lie, for a source in Hub format."""
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """`lorafy`'s layouts: which leaves are stacks of linear kernels."""
+        return {t.path: "sio" for t in self.tensors if t.layer is not None and t.path.endswith("/kernel")}
 
 
 def load(
-    source: str, *, dtype: Any = jnp.float32, revision: str | None = None, scan_layers: bool = True, remat: Any = False
+    source: str,
+    *,
+    dtype: Any = jnp.float32,
+    revision: str | None = None,
+    scan_layers: bool = True,
+    remat: Any = False,
+    weights: bool = True,
 ) -> Pretrained:
     """A decoder from a `.gguf` file, a folder in Hub format, a Hub id ("owner/name"), or a short name of `SHORT`.
 
-    dtype: of the parameters and the computation. revision: branch, tag or commit, for a Hub id.
+    dtype: of the parameters and the computation. revision: branch, tag or commit, for a Hub id. weights: False gives
+    `params` as shapes and reads no tensor.
     Raises ValueError listing tensors that are missing or wrongly shaped, FileNotFoundError for no such source.
     """
     if source.lower() in SHORT:
@@ -57,7 +71,8 @@ def load(
     tensors = hf_tensors(config, scan_layers)
     model = Llama(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=remat)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return Pretrained(model, build(shapes, tensors, read), config, tokenizer, source, tensors)
+    params = build(shapes, tensors, read) if weights else shapes
+    return Pretrained(model, params, config, tokenizer, source, tensors, path if path.is_dir() else None)
 
 
 def snapshot(name: str, revision: str | None) -> Path:

@@ -81,6 +81,24 @@ class LlamaConfig:
         config.frequencies()
         return config
 
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `config.json`; `from_hf` gives this config back."""
+        names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+        held: dict[str, Any] = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("rope_theta", "rope_scaling", "qkv_bias", "o_bias", "qk_norm")
+        }
+        rope = {"rope_type": "default", **dict(self.rope_scaling or ()), "rope_theta": self.rope_theta}
+        if self.model_type != "qwen2":
+            held["attention_bias"] = self.qkv_bias
+        return {
+            "architectures": [f"{names[self.model_type]}ForCausalLM"],
+            **held,
+            "hidden_act": "silu",
+            "rope_parameters": rope,
+        }
+
     def frequencies(self) -> np.ndarray:
         """Rotary frequencies f64 [k / 2]."""
         return frequencies(self.head_dim, self.rope_theta, dict(self.rope_scaling) if self.rope_scaling else None)

@@ -59,6 +59,11 @@ class Checkpoints:
         arrays = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
         return jax.tree.unflatten(treedef, [arrays[key] for key in shapes]), meta["position"]
 
+    def clear(self) -> None:
+        """Delete every checkpoint: they are another run's."""
+        for step in self.manager.all_steps():
+            self.manager.delete(step)
+
     def close(self) -> None:
         """Wait until every save is on disk."""
         self.manager.wait_until_finished()

@@ -1,0 +1,42 @@
+"""`jlora merge`: base and adapter as one plain model folder in Hub format."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+import jlora
+from jlora.io import load
+from jlora.io.adapters import load_adapter
+from jlora.io.save import save
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Write base + adapter as one plain model in Hub format: no latency added, nothing of jlora needed to run it."""
+
+    model: str
+    """Short name, Hub id, folder in Hub format, or .gguf file."""
+    adapter: str
+    """Folder in PEFT's format."""
+    output: str
+    """The new folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the tensors written; the sum is taken in float32."""
+    shard_bytes: int = 5_000_000_000
+    """Largest safetensors file."""
+
+
+def merge_command(config: MergeConfig) -> dict[str, Any]:
+    """{output, tensors, bytes}. Raises ValueError where the adapter does not fit, FileExistsError for a used folder."""
+    base = load(config.model)
+    frozen, lora, _ = load_adapter(base, config.adapter)
+    return save(
+        config.output,
+        base,
+        jlora.merge(frozen, lora),
+        dtype=jnp.dtype(config.dtype),
+        shard_bytes=config.shard_bytes,
+    )

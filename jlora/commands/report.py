@@ -1,0 +1,44 @@
+"""What a run leaves to look at: report.json and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BLUE, GREY = "#2a6f97", "#adb5bd"
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -> Path:
+    """Loss by step, and exact answers before and after where they were counted. Raises ImportError without matplotlib."""
+    try:
+        import matplotlib.figure as mpl
+    except ImportError:
+        raise ImportError("the plot needs matplotlib: pip install 'jlora[plot]'") from None
+    judged = "after" in report
+    figure = mpl.Figure(figsize=(9 if judged else 5.5, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
+    steps = [r for r in records if r["kind"] == "train"]
+    held = [r for r in records if r["kind"] == "eval"]
+    axes[0].plot([r["step"] for r in steps], [r["loss"] for r in steps], color=BLUE, label="training")
+    if held:
+        axes[0].plot([r["step"] for r in held], [r["loss"] for r in held], "o-", color="#bc6c25", label="held out")
+        axes[0].legend(frameon=False)
+    axes[0].set(xlabel="step", ylabel="loss on the answer (nats a token)", yscale="log", title="training")
+    if judged:
+        values = [100 * report[when]["exact"] for when in ("before", "after")]
+        bars = axes[1].bar(["before", "after"], values, color=[GREY, BLUE])
+        axes[1].bar_label(bars, fmt="%.1f %%")
+        title = f"{report['after']['examples']:.0f} held-out examples"
+        axes[1].set(ylim=(0, 105), ylabel="exact answers, %", title=title)
+    beside = path.with_suffix(".part.png")
+    figure.savefig(beside, dpi=120)
+    beside.replace(path)
+    return path

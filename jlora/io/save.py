@@ -1,0 +1,108 @@
+"""A model folder in Hub format: safetensors (in shards, with their index), config, tokenizer, generation config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.io.load import Pretrained
+from jlora.models.tensors import HFTensor
+from jlora.tree import paths
+
+COPIED = ("generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
+
+
+def save(
+    folder: str | Path, base: Pretrained, params: Any, *, dtype: Any = np.float32, shard_bytes: int = 5_000_000_000
+) -> dict[str, Any]:
+    """Write `params`, a plain tree of `base`'s structure, as a complete model. Returns {output, tensors, bytes}.
+
+    dtype: of the tensors written. shard_bytes: largest file. The folder appears whole or not at all.
+    Raises FileExistsError if `folder` exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: give another folder")
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    total = write_shards(beside, hub_arrays(base.tensors, params, dtype), shard_bytes)
+    config = hub_config(base, dtype)
+    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if base.tokenizer is not None:
+        base.tokenizer.save_pretrained(beside)
+    for name in COPIED:
+        if base.folder and (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, beside / name)
+    if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
+        ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": base.tokenizer.eos_token_id}
+        (beside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rmdir()
+    beside.rename(folder)
+    return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
+
+
+def hub_arrays(tensors: Iterable[HFTensor], params: Any, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of each Hub tensor, one at a time, in the Hub's orientation."""
+    leaves = paths(params)
+    for tensor in tensors:
+        leaf = leaves[tensor.path] if tensor.layer is None else leaves[tensor.path][tensor.layer]
+        array = np.asarray(leaf)
+        yield tensor.name, np.ascontiguousarray(array.T if tensor.transpose else array).astype(dtype)
+
+
+def write_shards(folder: Path, arrays: Iterable[tuple[str, np.ndarray]], limit: int) -> int:
+    """model.safetensors, or model-00001-of-0000N.safetensors and their index; returns the bytes of all tensors.
+
+    No more than one shard is in memory.
+    """
+    import ml_dtypes  # noqa: F401  (safetensors.numpy writes bfloat16 only once this is imported)
+    from safetensors.numpy import save_file
+
+    names: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(names)}", metadata={"format": "pt"})
+        names.append(list(held))
+        held.clear()
+
+    for name, array in arrays:
+        if held and size + array.nbytes > limit:
+            flush()
+            size = 0
+        held[name] = array
+        size += array.nbytes
+        total += array.nbytes
+    flush()
+    if len(names) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return total
+    where = {}
+    for n, group in enumerate(names):
+        file = f"model-{n + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{n}").rename(folder / file)
+        where.update(dict.fromkeys(group, file))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def hub_config(base: Pretrained, dtype: Any) -> Mapping[str, Any]:
+    """The base's own config.json where it has one, else the config under the Hub's names."""
+    if base.folder:
+        held = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    else:
+        held = base.config.to_hf()
+        if base.tokenizer is not None:
+            held |= {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": base.tokenizer.eos_token_id}
+    held.pop("torch_dtype", None)
+    held.pop("quantization_config", None)
+    return {**held, "dtype": np.dtype(dtype).name}
