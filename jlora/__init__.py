@@ -1,7 +1,7 @@
 """jlora: LoRA for any JAX function. A weight may be an object that knows how it is used."""
 
-from jlora.audit import Audit, audit
 from jlora import tree
+from jlora.audit import Audit, audit
 from jlora.config import LoraConfig
 from jlora.layouts import Layout, layouts
 from jlora.leaves import ImplicitLeaf, LoraLeaf, MaterialisedWarning

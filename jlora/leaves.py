@@ -25,7 +25,8 @@ class ImplicitLeaf:
 
     `rules[name](eqn, bind, position, *operands)` computes the primitive `name` when this leaf is operand number
     `position`; it returns one value, a list of values for a primitive with several results, or `NotImplemented` to
-    have the weight materialised. `trainable` names the fields that train. `bind(*operands)` runs the equation itself on other operands (they may be implicit).
+    have the weight materialised. `bind(*operands)` runs the equation itself on other operands (they may be implicit).
+    `trainable` names the fields that train.
     """
 
     rules: ClassVar[dict[str, Callable[..., Any]]] = {}
@@ -144,7 +145,7 @@ class LoraLeaf(ImplicitLeaf):
     def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
         fixed: dict[str, Any] = {}
         stacked: dict[str, Any] = {}
-        rebuild_w: Callable[[Any], Any] = lambda row: row  # noqa: E731
+        rebuild_w: Callable[[Any], Any] = lambda row: row
         if is_implicit(self.w):
             stacked["w"], rebuild_w = self.w.unstack()
         else:

@@ -118,7 +118,8 @@ def emit(jaxpr: jex.Jaxpr, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """One equation on arrays, exactly as traced: a jaxpr of one equation, so no calling convention is assumed."""
     inputs: list[tuple[jex.Var, Any]] = []
     atoms: list[Any] = []
-    for atom, value in zip(eqn.invars, operands, strict=True):
+    for given, value in zip(eqn.invars, operands, strict=True):
+        atom = given
         if isinstance(atom, jex.Literal):
             atoms.append(atom)
             continue

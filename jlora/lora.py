@@ -38,7 +38,7 @@ def is_adapter(value: Any) -> bool:
 class LoraFactors(Adapter):
     """The two factors of one weight. `layout`: one letter an axis of it, s(tacked), i(nput) or o(utput).
 
-    `lora_a`: the s and i axes in the weight's order, then r. `lora_b`: the s axes, r, the o axes. For a Flax kernel
+    `lora_a`: the s axes, the i axes, then r. `lora_b`: the s axes, r, the o axes. For a Flax kernel
     (in, out) of layout "io" that is lora_a [in, r], lora_b [r, out]; for a stack "sio" [s, in, r] and [s, r, out].
     """
 
@@ -62,7 +62,8 @@ def axes_of(layout: str, letters: str) -> tuple[int, ...]:
 
 def factor_axes(layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of W along which each axis of (lora_a, lora_b) runs, `RANK` for the rank axis."""
-    return (*axes_of(layout, "si"), RANK), (*axes_of(layout, "s"), RANK, *axes_of(layout, "o"))
+    stack = axes_of(layout, "s")
+    return (*stack, *axes_of(layout, "i"), RANK), (*stack, RANK, *axes_of(layout, "o"))
 
 
 def lorafy(
@@ -163,6 +164,7 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     i_axes, o_axes, s_axes = (axes_of(layout, letter) for letter in "ios")
     s_shape, i_shape, o_shape = (tuple(w.shape[ax] for ax in axes) for axes in (s_axes, i_axes, o_axes))
     n, rows, columns = math.prod(s_shape), math.prod(i_shape), math.prod(o_shape)
+    keys = jax.random.split(key, n)
     if name in CHANGES_BASE:
         if rank > min(rows, columns):
             raise ValueError(
@@ -170,13 +172,10 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
             )
         dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
         matrices = jnp.transpose(dense, s_axes + i_axes + o_axes).reshape(n, rows, columns)
-    else:  # only the shape is read
-        matrices = jax.ShapeDtypeStruct((n, rows, columns), w.dtype)
-    keys = jax.random.split(key, n)
-    if name in CHANGES_BASE:
         a, b = jax.vmap(lambda k, m: INITS[name](k, m, rank, scaling))(keys, matrices)
     else:
-        a, b = jax.vmap(lambda k: INITS[name](k, jax.ShapeDtypeStruct((rows, columns), w.dtype), rank, scaling))(keys)
+        matrix = jax.ShapeDtypeStruct((rows, columns), w.dtype)  # only the shape is read
+        a, b = jax.vmap(lambda k: INITS[name](k, matrix, rank, scaling))(keys)
     factors = LoraFactors(
         a.reshape(*s_shape, *i_shape, rank).astype(dtype),
         b.reshape(*s_shape, rank, *o_shape).astype(dtype),

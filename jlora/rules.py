@@ -268,39 +268,43 @@ def broadcast_in_dim(eqn: Any, bind: Callable[..., Any], position: int, leaf: An
 @rule("reshape")
 def reshape(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *dynamic: Any) -> Any:
     """Merging and splitting axes that lie in the same factors; anything else has no factors of this form."""
-    groups = reshape_groups(leaf.shape, tuple(eqn.params["new_sizes"]))
-    if dynamic or eqn.params["dimensions"] is not None or groups is None:
+    new = tuple(eqn.params["new_sizes"])
+    if dynamic or eqn.params["dimensions"] is not None:
         return NotImplemented
-
-    def changed(array: Any, axes: Axes) -> tuple[Any, Axes] | None:
-        for old, new in groups:
-            held = [ax for ax in old if ax in axes]
-            wide = [ax for ax in old if leaf.shape[ax] > 1]
-            if not held and not wide:
-                continue
-            if [ax for ax in wide if ax in axes] not in ([], wide):
-                return None
-            if not [ax for ax in held if leaf.shape[ax] > 1]:  # only axes of size 1 here: they carry nothing
-                array = lax.squeeze(array, tuple(axes.index(ax) for ax in held))
-                axes = tuple(ax for ax in axes if ax not in held)
-                continue
-            at = axes.index(held[0])
-            others = [ax for ax in axes if ax not in held]
-            at = len([ax for ax in axes[:at] if ax not in held])
-            order = others[:at] + held + others[at:]
-            array = jnp.transpose(array, [axes.index(ax) for ax in order])
-            sizes = [leaf_new[n] for n in new]
-            middle = array.shape[at : at + len(held)]
-            array = array.reshape(*array.shape[:at], *sizes, *array.shape[at + len(middle) :])
-            axes = (*others[:at], *(NEW + n for n in new), *others[at:])
-        return array, tuple(ax - NEW if ax >= NEW else ax for ax in axes)
-
-    leaf_new = tuple(eqn.params["new_sizes"])
-    a, b = changed(leaf.lora_a, leaf.a_axes), changed(leaf.lora_b, leaf.b_axes)
-    key = (None, ()) if leaf.key is None else changed(leaf.key, leaf.key_axes)
+    a = reshape_part(leaf.lora_a, leaf.a_axes, leaf.shape, new)
+    b = reshape_part(leaf.lora_b, leaf.b_axes, leaf.shape, new)
+    key = (None, ()) if leaf.key is None else reshape_part(leaf.key, leaf.key_axes, leaf.shape, new)
     if a is None or b is None or key is None:
         return NotImplemented
     return LoraLeaf(bind(leaf.w), a[0], b[0], key[0], a[1], b[1], key[1], leaf.scaling, leaf.dropout, leaf.path)
+
+
+def reshape_part(array: Any, axes: Axes, old_shape: Axes, new_shape: Axes) -> tuple[Any, Axes] | None:
+    """An array that runs along `axes` of a weight, and its axes, after the weight's reshape; None where it has none."""
+    groups = reshape_groups(old_shape, new_shape)
+    if groups is None:
+        return None
+    for old, new in groups:
+        held = [ax for ax in old if ax in axes]
+        wide = [ax for ax in old if old_shape[ax] > 1]
+        if not held and not wide:
+            continue
+        if [ax for ax in wide if ax in axes] not in ([], wide):
+            return None
+        if not [ax for ax in held if old_shape[ax] > 1]:  # only axes of size 1 here: they carry nothing
+            array = lax.squeeze(array, tuple(axes.index(ax) for ax in held))
+            axes = tuple(ax for ax in axes if ax not in held)
+            continue
+        at = axes.index(held[0])
+        others = [ax for ax in axes if ax not in held]
+        at = len([ax for ax in axes[:at] if ax not in held])
+        order = others[:at] + held + others[at:]
+        array = jnp.transpose(array, [axes.index(ax) for ax in order])
+        sizes = [new_shape[n] for n in new]
+        middle = array.shape[at : at + len(held)]
+        array = array.reshape(*array.shape[:at], *sizes, *array.shape[at + len(middle) :])
+        axes = (*others[:at], *(NEW + n for n in new), *others[at:])
+    return array, tuple(ax - NEW if ax >= NEW else ax for ax in axes)
 
 
 NEW = 1 << 16

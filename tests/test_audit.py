@@ -52,7 +52,7 @@ def test_an_honest_step_passes():
     tx = optax.adam(1e-3)
     report = jlora.audit(
         stepper(honest, tx), lora, tx.init(lora), frozen, x, frozen=frozen, lora=lora, opt_state=tx.init(lora)
-    )  # noqa: E501
+    )
     assert report.ok, str(report)
     assert report.bytes["optimiser state"] == 2 * report.bytes["trained"] + 4
     assert "no gradient" in str(report)

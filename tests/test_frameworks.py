@@ -122,7 +122,7 @@ def test_one_tree_for_a_train_state(name):
     after = optax.apply_updates(tree, updates)
     moved = 0
     for on, a, b in zip(*map(jax.tree.leaves, (jlora.trainable_mask(tree), tree, after)), strict=True):
-        assert on or np.array_equal(np.signbit(a), np.signbit(b)) and np.array_equal(a, b)
+        assert on or (np.array_equal(np.signbit(a), np.signbit(b)) and np.array_equal(a, b))
         moved += bool(on and not np.array_equal(a, b))
     assert moved > 0
     trained = sum(x.size for on, x in zip(*map(jax.tree.leaves, (jlora.trainable_mask(tree), tree)), strict=True) if on)

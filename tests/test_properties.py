@@ -109,13 +109,13 @@ CASES = {
         (4, 6),
         (3, 6, 6),
         "sio",
-    ),  # noqa: E501
+    ),
     "scan, a constant": (
         lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=3)[0],
         (4, 6),
         (6, 6),
         "io",
-    ),  # noqa: E501
+    ),
     "loop over a stack": (indexed, (4, 6), (3, 6, 6), "sio"),
     "cond": (lambda x, w: lax.cond(x.sum() > 0, lambda: x @ w, lambda: jnp.sin(x) @ w), (4, 6), (6, 5), "io"),
     "switch": (switched, (4, 6), (6, 5), "io"),

@@ -17,7 +17,10 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -> Path:
-    """Loss by step, and exact answers before and after where they were counted. Raises ImportError without matplotlib."""
+    """Loss by step, and exact answers before and after where they were counted, as a PNG.
+
+    Raises ImportError without matplotlib.
+    """
     try:
         import matplotlib.figure as mpl
     except ImportError:

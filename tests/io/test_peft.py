@@ -87,5 +87,5 @@ def test_another_shape_is_refused(tmp_path):
     _, tensors, settings, _, lora = adapter(True, CASES["q and v"])
     save_peft(tmp_path, lora, settings, tensors, "base")
     _, _, _, _, wider = adapter(True, {"target_modules": "attention"})
-    with pytest.raises(ValueError, match="k_proj.lora_A.weight missing, expected \\[4, 32\\]"):
+    with pytest.raises(ValueError, match=r"k_proj\.lora_A\.weight missing, expected \[4, 32\]"):
         load_peft(tmp_path, wider, tensors)
