@@ -102,3 +102,7 @@ def table(result: Any, indent: str = "") -> str:
         else:
             lines.append(f"{indent}{name}: {value:.4g}" if isinstance(value, float) else f"{indent}{name}: {value}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -214,9 +214,21 @@ def elementwise(eqn: Any, bind: Callable[..., Any], position: int, *operands: An
 
 
 @rule(
-    "convert_element_type", "copy", "copy_p", "name", "sharding_constraint", "reshard",
-    "reduce_precision", "neg", "pvary", "pcast", "slice", "stop_gradient",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "name",
+    "sharding_constraint",
+    "reshard",
+    "reduce_precision",
+    "neg",
+    "pvary",
+    "pcast",
+    "slice",
+    "stop_gradient",
 )
+def same(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    out = bind(leaf.w)
     narrowed = [ax for ax, (old, new) in enumerate(zip(leaf.shape, out.shape, strict=True)) if new == 1 < old]
     leaf.notes.stacked[leaf.path].update(leaf.origin(narrowed))
     return leaf.moved(out, leaf.axes)

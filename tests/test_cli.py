@@ -1,0 +1,209 @@
+"""The commands as a user types them: results, exit codes, what is written, and what bad input says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+import jlora
+from jlora.cli import main
+from jlora.io import load
+from jlora.io.adapters import load_adapter
+from tests.small import rows, small_model
+
+FAST = ["--steps", "30", "--batch", "8", "--learning-rate", "0.02", "--held-out", "12", "--save-every", "10"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return {"model": small_model(folder / "model"), "data": rows(folder), "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    out = place["folder"] / "run"
+    main(["train", "--model", place["model"], "--data", place["data"], "--output", str(out), *FAST])
+    return out
+
+
+def run(capsys, *args):
+    """(exit code, stdout, stderr)."""
+    code = 0
+    try:
+        main(list(args))
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_train_learns_and_leaves_what_it_says(trained):
+    report = json.loads((trained / "report.json").read_text())
+    assert report["before"]["exact"] <= 0.5 < 0.99 <= report["after"]["exact"]
+    assert report["step"] == 30
+    assert {"adapter", "settings.yaml", "metrics.jsonl", "plot.png"} <= {path.name for path in trained.iterdir()}
+    assert [s["after"] for s in report["samples"]] == [s["want"].strip() for s in report["samples"]]
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    checkpoints = sum(f.stat().st_size for f in (trained / "checkpoints").rglob("*") if f.is_file())
+    assert checkpoints < 2 * 3.5 * (trained / "adapter" / "adapter_model.safetensors").stat().st_size + 200_000
+
+
+def test_settings_saved_run_again_to_the_same_adapter(trained, place, tmp_path):
+    again = tmp_path / "again"
+    main(["train", "--config", str(trained / "settings.yaml"), "--output", str(again)])
+    same = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (trained, again)]
+    assert same[0] == same[1]
+
+
+def test_eval_and_merge(trained, place, tmp_path, capsys):
+    adapter = str(trained / "adapter")
+    code, out, _ = run(
+        capsys, "eval", "--json", "--model", place["model"], "--data", place["data"], "--adapter", adapter
+    )
+    report = json.loads(out)
+    assert code == 0 and report["adapter"]["exact"] > 0.99 > report["base"]["exact"]
+    merged = tmp_path / "merged"
+    code, out, err = run(
+        capsys, "merge", "--json", "--model", place["model"], "--adapter", adapter, "--output", str(merged),
+        "--dtype", "float32", "--shard-bytes", "20000",
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(list(merged.glob("model-*-of-*.safetensors"))) > 1
+    base, plain = load(place["model"]), load(str(merged))
+    frozen, lora, _ = load_adapter(base, adapter)
+    tokens = np.array([[3, 4, 5, 9, 10]])
+    want = jlora.lift(base.model.apply)({"params": jlora.combine(frozen, lora)}, tokens)
+    np.testing.assert_allclose(plain.model.apply({"params": plain.params}, tokens), want, atol=1e-5)
+    code, _, err = run(capsys, "merge", "--model", place["model"], "--adapter", adapter, "--output", str(merged))
+    assert code == 1 and "exists and is not empty" in err
+
+
+def test_a_merged_folder_loads_in_transformers(trained, place, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(["merge", "--model", place["model"], "--adapter", str(trained / "adapter"), "--output", str(tmp_path / "m"),
+          "--dtype", "float32"])  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "m")("Review : good film Sentiment :")["input_ids"]
+    ours = load(str(tmp_path / "m"))
+    with torch.no_grad():
+        want = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(ours.model.apply({"params": ours.params}, np.array([ids])), want, atol=1e-4)
+
+
+def test_chat_rows(place, tmp_path, capsys):
+    data = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "good film"}, {"role": "assistant", "content": "positive"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    code, out, err = run(capsys, "train", "--dry-run", "--json", "--model", place["model"], "--data", str(data))
+    assert code == 0 and json.loads(out)["rows"] == 1
+    assert "user : good film <|im_end|> <|im_start|> assistant :«positive <|im_end|>»" in err
+
+
+def test_dry_run_reads_no_weights(place, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(place["model"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    held = weights.read_bytes()
+    size = int.from_bytes(held[:8], "little")
+    weights.write_bytes(held[: 8 + size] + b"\xff" * (len(held) - 8 - size))  # NaN everywhere
+    out = tmp_path / "run"
+    args = ["train", "--dry-run", "--json", "--model", str(tmp_path / "model"), "--data", place["data"]]
+    code, said, err = run(capsys, *args, "--output", str(out), "--rank", "2")
+    assert code == 0, err
+    assert not out.exists()
+    assert json.loads(said)["trained_parameters"] == 2 * 2 * (32 + 32 + 3 * (32 + 48) + 2 * (32 + 16) + 32 + 32)
+    assert "q_proj/kernel" in err and "«positive <|im_end|>»" in err
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"prompt": "a"}', "rows.jsonl:2: key 'completion' is missing"),
+        ("{", "rows.jsonl:2: not JSON"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', r"messages\[0\].role"),
+    ],
+)
+def test_a_bad_row_names_file_line_and_key(place, tmp_path, capsys, line, sentence):
+    import re
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
+    code, out, err = run(capsys, "train", "--model", place["model"], "--data", str(data))
+    assert code == 1 and not out and re.search(sentence, err)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("learnig_rate: 1", "unknown key 'learnig_rate': did you mean learning_rate"),
+        ("rank: many", "key 'rank': int, got 'many'"),
+        ("targets: 3", "key 'targets': a list of text"),
+        ("init: xavier", "one of kaiming, gaussian"),
+        ("- a", "not a list"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_bad_settings_file_is_a_usage_error(tmp_path, capsys, text, sentence):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    code, _, err = run(capsys, "train", "--config", str(path), "--model", "m", "--data", "d")
+    assert code == 2 and sentence in err
+
+
+def test_flags_win_over_the_file(place, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    settings = {"model": place["model"], "data": place["data"], "rank": 3, "learning-rate": "2e-3", "targets": "mlp"}
+    path.write_text(yaml.safe_dump(settings))
+    code, _, err = run(capsys, "train", "--config", str(path), "--rank", "5", "--dry-run")
+    assert code == 0, err
+    assert "rank: 5" in err and "learning_rate: 0.002" in err and "gate_proj" in err and "q_proj" not in err
+
+
+def test_usage_errors(capsys):
+    assert run(capsys)[0] == 2
+    code, _, err = run(capsys, "trian")
+    assert code == 2 and "did you mean train" in err
+    assert run(capsys, "train", "--modle", "x")[0] == 2
+    assert run(capsys, "--help")[0] == 0
+    code, _, err = run(capsys, "train", "--model", "no/such/model", "--data", "none.jsonl")
+    assert code == 1 and "none.jsonl: no such data file" in err
+    code, _, err = run(capsys, "train", "--model", "m", "--data", "d", "--rank", "0")
+    assert code == 1 and "rank = 0" in err
+
+
+def test_resume_refuses_other_settings(trained, place, capsys):
+    args = ["train", "--model", place["model"], "--data", place["data"], "--output", str(trained), *FAST]
+    code, _, err = run(capsys, *args, "--resume", "--rank", "4")
+    assert code == 1 and "rank: 8 -> 4" in err
+
+
+def test_sigterm_saves_and_resume_gives_the_same_bits(trained, place, tmp_path):
+    out = tmp_path / "run"
+    args = [sys.executable, "-m", "jlora.cli", "train", "--model", place["model"], "--data", place["data"]]
+    args += ["--output", str(out), *FAST]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(args, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("training 10/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stderr.read()
+    assert process.returncode == 143
+    assert not (out / "adapter").exists()
+    subprocess.run([*args, "--resume"], env=env, check=True, capture_output=True)
+    same = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (trained, out)]
+    assert same[0] == same[1]
+    assert (trained / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
