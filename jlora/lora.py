@@ -165,6 +165,7 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     s_shape, i_shape, o_shape = (tuple(w.shape[ax] for ax in axes) for axes in (s_axes, i_axes, o_axes))
     n, rows, columns = math.prod(s_shape), math.prod(i_shape), math.prod(o_shape)
     keys = jax.random.split(key, n)
+    dense = None
     if name in CHANGES_BASE:
         if rank > min(rows, columns):
             raise ValueError(
@@ -182,7 +183,7 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
         scaling,
         layout,
     )
-    if name not in CHANGES_BASE:
+    if dense is None:
         return w, factors
     base = dense.astype(jnp.float32) - factors.attach(dense, path).delta()
     return base.astype(w.dtype), factors

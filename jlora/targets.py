@@ -31,10 +31,11 @@ def known(path: str, layouts: Mapping[str, Any] | None) -> Any:
 
 def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str, Any] | None) -> list[str]:
     """The paths of the weights to adapt, in tree order. Raises ValueError if there is none."""
-    wanted = config.target_modules
+    wanted: Any = config.target_modules
     matrices = {path: leaf for path, leaf in leaves.items() if is_matrix(path, leaf, layouts)}
     if callable(wanted):
-        chosen = select(wanted, {p: x for p, x in leaves.items() if len(getattr(x, "shape", ())) > 1}, "targets")
+        deep = {p: x for p, x in leaves.items() if len(getattr(x, "shape", ())) > 1}
+        chosen = select(wanted, deep, "targets")  # pyright: ignore[reportArgumentType]
     else:
         chosen = []
         for pattern in [wanted] if isinstance(wanted, str) else list(wanted):

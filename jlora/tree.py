@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Targets: TypeAlias = str | Iterable[str] | Callable[[str, Any], bool]
 """Which leaves: a name, a regex, a list of them, or a predicate of (path, leaf)."""
@@ -78,5 +79,5 @@ def nbytes(tree: Any) -> int:
     return sum(
         leaf.size * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
-        if hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     )

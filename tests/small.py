@@ -11,23 +11,8 @@ from jlora.io.load import Pretrained
 from jlora.io.save import save
 from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 
-WORDS = [
-    "<unk>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "Review",
-    ":",
-    "good",
-    "bad",
-    "fine",
-    "awful",
-    "film",
-    "Sentiment",
-    "positive",
-    "negative",
-    "user",
-    "assistant",
-]
+WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", "Review", ":", "good", "bad", "fine", "awful", "film"]
+WORDS += ["Sentiment", "positive", "negative", "user", "assistant"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.role }} : {{ m.content }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant : {% endif %}"

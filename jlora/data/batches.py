@@ -127,4 +127,5 @@ class BatchSource:
         """A grain iterator over the steps; `get_state` and `set_state` are its checkpointable position."""
         import grain
 
-        return iter(grain.MapDataset.source(self).to_iter_dataset(grain.ReadOptions(num_threads=1)))
+        steps: Any = self  # has __len__ and __getitem__, which is all grain asks
+        return iter(grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(num_threads=1)))

@@ -212,7 +212,7 @@ class Llama(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_hidden_layers,
             )
             self.layers = block(c, **kinds)
@@ -267,7 +267,7 @@ class Llama(nn.Module):
             allowed &= segment_ids[:, :, None] == segment_ids[:, None]
         x, kv = self.embed_tokens(tokens), None if cache is None else cache["kv"]
         if self.scan_layers:
-            x, kv = self.layers(x, kv, positions, allowed, index)
+            x, kv = self.layers(x, kv, positions, allowed, index)  # pyright: ignore[reportCallIssue]
         else:
             new = []
             for n, layer in enumerate(self.layers):

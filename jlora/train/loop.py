@@ -81,7 +81,7 @@ def evaluate(step: Callable[..., Sums], trained: Any, frozen: Any, batches: Iter
     total = np.zeros(len(Sums._fields))
     for batch in batches:
         total += np.asarray([float(x) for x in jax.device_get(step(trained, frozen, batch))])
-    return means(Sums(*total))
+    return means(Sums(*map(float, total)))
 
 
 def means(sums: Any) -> dict[str, float]:

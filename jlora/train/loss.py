@@ -22,12 +22,12 @@ class Sums(NamedTuple):
     `exact`: examples whose every label argmax names; `first`: examples whose first label it names; `examples`.
     """
 
-    loss: jax.Array
-    tokens: jax.Array
-    right: jax.Array
-    exact: jax.Array
-    first: jax.Array
-    examples: jax.Array
+    loss: jax.Array | float
+    tokens: jax.Array | float
+    right: jax.Array | float
+    exact: jax.Array | float
+    first: jax.Array | float
+    examples: jax.Array | float
 
 
 def chunked_sums(

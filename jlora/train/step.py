@@ -38,7 +38,7 @@ def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: 
     """
 
     def grads_of(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, Sums]:
-        def total(trained: Any) -> tuple[jax.Array, Sums]:
+        def total(trained: Any) -> tuple[Any, Sums]:
             sums = sums_fn(trained, frozen, batch, key)
             return sums.loss, sums
 
