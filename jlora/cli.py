@@ -14,6 +14,8 @@ import tyro
 COMMANDS = {
     "train": ("jlora.commands.train", "TrainConfig", "train"),
     "eval": ("jlora.commands.evaluate", "EvalConfig", "evaluate_command"),
+    "generate": ("jlora.commands.generate", "GenerateCommand", "generate_command"),
+    "chat": ("jlora.commands.generate", "ChatCommand", "chat_command"),
     "merge": ("jlora.commands.merge", "MergeConfig", "merge_command"),
     "demo": ("jlora.demo", "DemoConfig", "demo"),
 }

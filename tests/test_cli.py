@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -85,6 +86,20 @@ def test_eval_and_merge(trained, place, tmp_path, capsys):
     np.testing.assert_allclose(plain.model.apply({"params": plain.params}, tokens), want, atol=1e-5)
     code, _, err = run(capsys, "merge", "--model", place["model"], "--adapter", adapter, "--output", str(merged))
     assert code == 1 and "exists and is not empty" in err
+
+
+def test_generate_with_and_without_the_adapter(trained, place, capsys, monkeypatch):
+    prompt, adapter = "Review : awful film Sentiment :", str(trained / "adapter")
+    code, out, err = run(capsys, "generate", "--model", place["model"], "--adapter", adapter, "--raw", prompt)
+    assert (code, out) == (0, "negative\n"), err
+    args = ["generate", "--json", "--model", place["model"], "--adapter", adapter, "--raw", "--beams", "2"]
+    code, out, err = run(capsys, *args, prompt, prompt.replace("awful", "good"))
+    assert json.loads(out)["answers"] == ["negative", "positive"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("good film\n\n"))
+    code, out, err = run(capsys, "chat", "--model", place["model"], "--max-new-tokens", "5")
+    assert code == 0 and len(out.split()) >= 1, err
+    code, out, err = run(capsys, "generate", "--model", place["model"], "--top-p", "0", "a")
+    assert code == 1 and "top_p = 0.0 is out of its range" in err
 
 
 def test_a_merged_folder_loads_in_transformers(trained, place, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import jlora
 from jlora.commands.dry import describe
 from jlora.commands.report import picture, write_json
-from jlora.commands.sample import answer
 from jlora.commands.settings import TrainConfig, check, run_identity, save_settings, say
 from jlora.data import BatchSource, Example, Row, bucket_lengths, read_rows, split_rows, tokenise_rows
+from jlora.generate import GenerateConfig, generate_text
 from jlora.io import Pretrained, load
 from jlora.io.peft import save_peft
 from jlora.train import (
@@ -114,7 +113,7 @@ def run(
     shown = [row for row in test_rows if not row.messages][: config.samples]
     if testing:
         report["before"] = judged("before", judge, lora, frozen, testing)
-    written = [answer(base, base.params, row.prompt) for row in shown]
+    written = [answer(base, base.params, row) for row in shown]
 
     began = time.monotonic()
     with Reporter(steps, label="training", start=int(state.step)) as bar:
@@ -146,7 +145,7 @@ def run(
         report["after"] = judged("after", judge, state.trained, frozen, testing)
     tuned = jlora.combine(frozen, state.trained)
     report["samples"] = [
-        {"prompt": row.prompt, "want": row.completion, "before": was, "after": answer(base, tuned, row.prompt)}
+        {"prompt": row.prompt, "want": row.completion, "before": was, "after": answer(base, tuned, row)}
         for row, was in zip(shown, written, strict=True)
     ]
     for sample in report["samples"]:
@@ -203,6 +202,10 @@ def judged(name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSourc
     return result
 
 
-def result_line(report: dict[str, Any]) -> str:
-    """The result as one JSON line."""
-    return json.dumps(report)
+def answer(base: Pretrained, params: Any, row: Row) -> str:
+    """What the model writes after a row's prompt, greedily, as long as the wanted answer and a little more."""
+    room = len(base.tokenizer(row.completion)["input_ids"]) + 6
+    (text,) = generate_text(
+        base.model, params, base.tokenizer, [row.prompt], GenerateConfig(max_new_tokens=min(room, 128))
+    )
+    return text

@@ -16,7 +16,7 @@ from jlora.io.pypi import SMOLLM2, pip_file
 from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 from jlora.models.tensors import HFTensor
 
-SHORT = {"smollm2-135m-instruct": SMOLLM2}
+SHORT = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}
 
 
 @dataclasses.dataclass(frozen=True)

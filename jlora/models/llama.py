@@ -229,6 +229,10 @@ class Llama(nn.Module):
             return self.head(hidden[0]), hidden[1]
         return self.head(hidden)
 
+    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """An empty cache for `size` tokens in each of `batch` rows."""
+        return init_cache(self.config, batch, size, self.dtype)
+
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
         logits = self.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)

@@ -1,0 +1,133 @@
+"""`jlora generate` and `jlora chat`: a model, with an adapter or without, writes; text streams as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+import jlora
+from jlora.commands.settings import say
+from jlora.generate import GenerateConfig, generate_text, stream
+from jlora.io import Pretrained, load
+from jlora.io.adapters import load_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """What `generate` and `chat` share."""
+
+    model: str
+    """Short name, Hub id, folder in Hub format, or .gguf file."""
+    adapter: str | None = None
+    """Folder in PEFT's format."""
+    system: str | None = None
+    """System message; only with a chat template."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateCommand(Writing):
+    """Write an answer to each prompt; a single one streams."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Prompts; without any, standard input is one."""
+    raw: bool = False
+    """Go on from the prompt's text as it is, without the chat template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatCommand(Writing):
+    """Talk to a model in the terminal; an empty line or Ctrl-D ends."""
+
+
+def settings(config: Writing) -> GenerateConfig:
+    """The generation settings among a command's."""
+    names = {field.name for field in dataclasses.fields(GenerateConfig)} - {"end"}
+    return GenerateConfig(**{name: getattr(config, name) for name in names})
+
+
+def ready(config: Writing) -> tuple[Pretrained, Any]:
+    """(model, params with the adapter)."""
+    base = load(config.model, dtype=jnp.dtype(config.dtype))
+    if base.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer")
+    if config.adapter is None:
+        return base, base.params
+    frozen, lora, _ = load_adapter(base, config.adapter)
+    return base, jlora.combine(frozen, lora)
+
+
+def rendered(base: Pretrained, messages: list[dict[str, str]]) -> str:
+    """A conversation as text, ready for the model's turn. Raises ValueError without a chat template."""
+    if not base.tokenizer.chat_template:
+        raise ValueError(f"{base.source} has no chat template: give the prompt's text with --raw")
+    return base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def opening(config: Writing) -> list[dict[str, str]]:
+    """The messages before the user's first."""
+    return [{"role": "system", "content": config.system}] if config.system is not None else []
+
+
+def generate_command(config: GenerateCommand) -> dict[str, Any] | None:
+    """{answers} for several prompts; a single prompt's text goes to stdout as it comes, and None is returned."""
+    how = settings(config)
+    prompts = config.prompts or (sys.stdin.read(),)
+    base, params = ready(config)
+    if not config.raw:
+        prompts = [rendered(base, [*opening(config), {"role": "user", "content": text}]) for text in prompts]
+    key = jax.random.key(config.seed)
+    if len(prompts) == 1 and how.beams == 1:
+        write(base, params, prompts[0], how, config, key)
+        return None
+    answers = generate_text(base.model, params, base.tokenizer, prompts, how, stop=config.stop, key=key)
+    return {"answers": answers}
+
+
+def write(base: Pretrained, params: Any, prompt: str, how: GenerateConfig, config: Writing, key: Any) -> str:
+    """Stream one answer to stdout; returns it."""
+    ids = base.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    text = ""
+    for piece in stream(base.model, params, base.tokenizer, ids, how, stop=config.stop, key=key):
+        print(piece, end="", flush=True)
+        text += piece
+    print(flush=True)
+    return text
+
+
+def chat_command(config: ChatCommand) -> None:
+    """A conversation; every turn is read again with all before it."""
+    how = settings(config)
+    base, params = ready(config)
+    messages = opening(config)
+    key = jax.random.key(config.seed)
+    say("an empty line or Ctrl-D ends")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        messages.append({"role": "user", "content": text})
+        key, draw = jax.random.split(key)
+        answer = write(base, params, rendered(base, messages), how, config, draw)
+        messages.append({"role": "assistant", "content": answer})

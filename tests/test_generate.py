@@ -1,0 +1,152 @@
+"""Generation equals transformers' token by token; what is drawn obeys its truncation; streams equal batches."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.generate import GenerateConfig, generate, generate_text, pad_left, run, stream
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.sampling import forbid, truncate
+from tests.small import tokenizer
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPTS = [[5, 6, 7], [3, 9, 11, 4, 8, 8, 2], [12], [7, 7, 7, 7]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    # large weights: distributions with clear winners, unlike those of a fresh initialisation
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, initializer_range=0.4)).eval()
+    folder = tmp_path_factory.mktemp("generate")
+    theirs.save_pretrained(folder)
+    from jlora.io import load
+
+    return theirs, load(str(folder))
+
+
+def theirs_of(model, prompt, **options):
+    import torch
+
+    out = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=[0, 1], pad_token_id=0, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
+        ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+        ({"beams": 4}, {"num_beams": 4}),
+        ({"beams": 3, "length_penalty": 2.0}, {"num_beams": 3, "length_penalty": 2.0}),
+        ({"beams": 3, "length_penalty": -1.0}, {"num_beams": 3, "length_penalty": -1.0}),
+        (
+            {"beams": 10, "length_penalty": 0.9, "no_repeat_ngram": 4},
+            {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4},
+        ),
+    ],
+    ids=str,
+)
+def test_tokens_equal_transformers(pair, ours, theirs):
+    torch_model, base = pair
+    config = GenerateConfig(max_new_tokens=20, end=(0, 1), **ours)
+    got = generate(base.model, base.params, *pad_left(PROMPTS, 8), config)
+    assert got == [theirs_of(torch_model, prompt, **theirs) for prompt in PROMPTS]
+    if not ours:
+        assert len({len(row) for row in got}) > 1  # some rows ended by themselves, some at the limit
+
+
+def small():
+    config = LlamaConfig(15, 32, 48, 2, 4, 2, 8)
+    model = Llama(config)
+    params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.tree.map(lambda x: 6 * x if x.ndim > 2 else x, params)
+
+
+def test_truncations_keep_what_they_say():
+    scores = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.07, 0.03]]))
+    kept = lambda **options: np.isfinite(truncate(scores, GenerateConfig(**options)))[0].tolist()
+    assert kept(top_k=2) == [True, True, False, False, False]
+    assert kept(top_p=0.8) == [True, True, True, False, False]
+    assert kept(top_p=0.01) == [True, False, False, False, False]
+    assert kept(min_p=0.2) == [True, True, True, False, False]
+    assert kept() == [True] * 5
+
+
+def test_draws_follow_the_distribution():
+    model, params = small()
+    tokens, mask = pad_left([[4, 5]] * 2000, 2)
+    config = GenerateConfig(max_new_tokens=1, temperature=2.0, top_k=3)
+    new = np.array(generate(model, params, tokens, mask, config, jax.random.key(0)))[:, 0]
+    logits = model.apply({"params": params}, tokens[:1])[0, -1] / 2.0
+    best = np.argsort(-logits)[:3]
+    want = np.asarray(jax.nn.softmax(logits[best]))
+    assert set(new) <= set(best.tolist())
+    np.testing.assert_allclose([(new == token).mean() for token in best], want, atol=0.04)
+
+
+def test_padding_is_no_repetition():
+    tokens, mask = pad_left([[4, 5]], 8)
+    scores = forbid(jnp.zeros((1, 9)), jnp.asarray(tokens), jnp.asarray(mask), 8, GenerateConfig(no_repeat_ngram=1))
+    assert np.flatnonzero(~np.isfinite(scores[0])).tolist() == [4, 5]
+
+
+def test_an_adapted_model_generates_as_its_merged_one_and_a_swap_compiles_nothing():
+    model, params = small()
+    config = GenerateConfig(max_new_tokens=12)
+    frozen, lora = jlora.lorafy(
+        params, 2, layouts=jlora.layouts(model.apply, {"params": params}, jnp.zeros((1, 3), int))
+    )
+    seen = set()
+    prompts = pad_left([[4, 5], [6]], 4)
+    compiled = None
+    for seed in range(3):
+        leaves, treedef = jax.tree.flatten(lora)
+        new = [0.5 * jax.random.normal(jax.random.key(seed * 99 + n), x.shape) for n, x in enumerate(leaves)]
+        adapter = jax.tree.unflatten(treedef, new)
+        got = generate(model, jlora.combine(frozen, adapter), *prompts, config)
+        assert compiled is None or run._cache_size() == compiled
+        assert got == generate(model, jlora.merge(frozen, adapter), *prompts, config)
+        compiled = run._cache_size()
+        seen.add(str(got))
+    assert len(seen) == 3
+
+
+def test_a_stream_adds_up_to_the_text_and_stops_at_a_string():
+    model, params = small()
+    words = tokenizer()
+    config = GenerateConfig(max_new_tokens=16, end=(0,))
+    (whole,) = generate_text(model, params, words, ["good film"], config)
+    prompt = words("good film")["input_ids"]
+    pieces = list(stream(model, params, words, prompt, config))
+    assert "".join(pieces) == whole and len(pieces) > 3
+    stop = whole.split()[3]
+    first = whole.index(stop)
+    assert generate_text(model, params, words, ["good film"], config, stop=[stop]) == [whole[:first]]
+
+
+@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"beams": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* out of its range"):
+        GenerateConfig(**wrong)
+
+
+def test_what_is_missing_is_said():
+    model, params = small()
+    with pytest.raises(ValueError, match="needs key="):
+        generate(model, params, *pad_left([[1]]), GenerateConfig(temperature=1.0))
+    with pytest.raises(ValueError, match="padded on the left"):
+        generate(model, params, [[1, 0]], [[True, False]], GenerateConfig())
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        pad_left([[1], []])
