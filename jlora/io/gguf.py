@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jlora.io.tensors import Source
 from jlora.models.llama import LlamaConfig, hf_tensors
-from jlora.models.tensors import HFTensor
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -98,30 +99,30 @@ def config_of(reader: Any) -> LlamaConfig:
     )
 
 
-def read_gguf(path: str | Path) -> tuple[LlamaConfig, Callable[[HFTensor], np.ndarray], Any]:
-    """(config, read, reader): `read(tensor)` is one Hub tensor f32 in torch's orientation, dequantised.
+def read_gguf(path: str | Path) -> tuple[LlamaConfig, Source, Any]:
+    """(config, source, reader): the tensors under the Hub's names in torch's orientation, dequantised to f32.
 
     llama.cpp interleaves the two halves of each rotary head in the rows of q and k for architecture "llama"; that
-    is undone here. Raises ValueError listing the tensors that are missing.
+    is undone here. Raises ValueError for a file that is cut short or no GGUF.
     """
     import gguf
 
     reader = open_gguf(path)
     config = config_of(reader)
     held = {tensor.name: tensor for tensor in reader.tensors}
-    missing = [name for name in (gguf_name(t.name) for t in hf_tensors(config)) if name not in held]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+    names = {t.name: gguf_name(t.name) for t in hf_tensors(config)}
+    shapes = {hub: tuple(int(n) for n in held[name].shape[::-1]) for hub, name in names.items() if name in held}
 
-    def read(tensor: HFTensor) -> np.ndarray:
-        name = gguf_name(tensor.name)
+    @functools.lru_cache(maxsize=1)  # the parts of one tensor are asked for one after the other
+    def whole(hub: str) -> np.ndarray:
+        name = names[hub]
         w = np.asarray(gguf.dequantize(held[name].data, held[name].tensor_type), np.float32)
         if config.model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             half = config.head_dim // 2
             w = w.reshape(-1, half, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
         return w
 
-    return config, read, reader
+    return config, Source(str(path), shapes, lambda name, index: whole(name)[index]), reader
 
 
 def tokenizer_of(reader: Any) -> Any:
@@ -150,8 +151,10 @@ def tokenizer_of(reader: Any) -> Any:
     else:
         raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported: {', '.join(['smollm', 'gpt-2', *SPLITS])} are")
     bpe.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, get("tokenizer.ggml.token_type"), strict=True) if kind in (3, 4)]
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    control = zip(tokens, get("tokenizer.ggml.token_type"), strict=True)
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in control if kind == 3])
+    user = zip(tokens, get("tokenizer.ggml.token_type"), strict=True)  # type 4: whole tokens, but shown when decoded
+    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in user if kind == 4])
 
     def special(name: str) -> str | None:
         number = get(f"tokenizer.ggml.{name}_token_id", None)

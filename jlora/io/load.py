@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.io.pypi import SMOLLM2, pip_file
-from jlora.models.llama import Llama, LlamaConfig, hf_tensors
+from jlora.io.tensors import Source, build, safetensors_source
+from jlora.models import family
 from jlora.models.tensors import HFTensor
 
 SHORT = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}
@@ -46,89 +46,112 @@ def load(
     scan_layers: bool = True,
     remat: Any = False,
     weights: bool = True,
+    sharding: Callable[[str, Any], Any] | None = None,
+    head: str | None = None,
 ) -> Pretrained:
-    """A decoder from a `.gguf` file, a folder in Hub format, a Hub id ("owner/name"), or a short name of `SHORT`.
+    """A model from a `.gguf` file, a folder in Hub format, the Hub ("owner/name", "hf://owner/name@revision"), or a
+    short name of `SHORT`.
 
-    dtype: of the parameters and the computation. revision: branch, tag or commit, for a Hub id. weights: False gives
-    `params` as shapes and reads no tensor.
-    Raises ValueError listing tensors that are missing or wrongly shaped, FileNotFoundError for no such source.
+    dtype: of the parameters and the computation. revision: branch, tag or commit, for the Hub. weights: False gives
+    `params` as shapes and reads no tensor. sharding: (path, ShapeDtypeStruct) -> Sharding of that leaf; each
+    device's part is read by itself. head: of an encoder, as its family names them.
+    Raises ValueError listing tensors that are missing, unknown or wrongly shaped, FileNotFoundError for no source.
     """
-    if source.lower() in SHORT:
-        path = pip_file(SHORT[source.lower()])
-    elif Path(source).exists():
-        path = Path(source)
-    elif source.count("/") == 1 and not source.endswith(".gguf"):
-        path = snapshot(source, revision)
-    else:
-        raise FileNotFoundError(f"{source}: no such file or folder, Hub id (owner/name) or short name {list(SHORT)}")
+    path = locate(source, revision)
     if path.is_dir():
-        config, read, tokenizer = from_folder(path)
+        hub = read_json(path / "config.json")
+        kind = family(hub.get("model_type", "none"))
+        config, tokenizer, stored = kind.config.from_hf(hub), folder_tokenizer(path), None
     else:
         from jlora.io.gguf import read_gguf, tokenizer_of
 
-        config, read, reader = read_gguf(path)
-        tokenizer = tokenizer_of(reader)
-    tensors = hf_tensors(config, scan_layers)
-    model = Llama(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=remat)
+        config, stored, reader = read_gguf(path)
+        kind, tokenizer = family(config.model_type), tokenizer_of(reader)
+    extra = {} if head is None else {"head": head}
+    tensors = kind.hf_tensors(config, scan_layers, **extra)
+    model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=remat, **extra)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    params = build(shapes, tensors, read) if weights else shapes
+    params = shapes
+    if weights:
+        stored = stored or folder_source(path)
+        params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored))
     return Pretrained(model, params, config, tokenizer, source, tensors, path if path.is_dir() else None)
 
 
+def locate(source: str, revision: str | None = None) -> Path:
+    """The file or folder that `source` names, downloaded if need be. Raises FileNotFoundError."""
+    if source.lower() in SHORT:
+        return pip_file(SHORT[source.lower()])
+    if Path(source).exists():
+        return Path(source)
+    name = source.removeprefix("hf://").removeprefix("models/")
+    if "@" in name:
+        name, _, revision = name.partition("@")
+    if name.count("/") == 1 and not name.endswith(".gguf"):
+        return snapshot(name, revision)
+    raise FileNotFoundError(f"{source}: no such file or folder, Hub id (owner/name) or short name {list(SHORT)}")
+
+
 def snapshot(name: str, revision: str | None) -> Path:
-    """The Hub's files of a model, downloaded or from the cache (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE are honoured)."""
-    from huggingface_hub import snapshot_download
+    """The Hub's files of a model, downloaded or from the cache.
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured. Raises FileNotFoundError saying
+    what would help: the page to accept, the name, or the network.
+    """
+    from huggingface_hub import errors, snapshot_download
 
-
-def from_folder(folder: Path) -> tuple[LlamaConfig, Callable[[HFTensor], np.ndarray], Any]:
-    """(config, read, tokenizer) of a folder in Hub format; single and sharded safetensors."""
-    import ml_dtypes  # noqa: F401  (safetensors.numpy knows bfloat16 only once this is imported)
-    from safetensors import safe_open
-
-    config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    opened = [safe_open(file, framework="numpy") for file in files]
-    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-    missing = [t.name for t in hf_tensors(config) if t.name not in where]
-    extra = sorted(set(where) - {t.name for t in hf_tensors(config)} - {"lm_head.weight"})
-    if missing or extra:
-        raise ValueError(
-            f"{folder}: missing tensors {missing[:8]} ({len(missing)}), unknown {extra[:8]} ({len(extra)})"
-        )
-    tokenizer = None
-    if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return config, lambda tensor: where[tensor.name].get_tensor(tensor.name), tokenizer
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted[:-1]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except errors.GatedRepoError:
+        raise FileNotFoundError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        at = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(f"{name}{at} is not on the Hub (a private one needs HF_TOKEN)") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(f"{name} is not in the cache and the Hub cannot be reached: {reason}") from None
+    return folder
 
 
-def build(shapes: Any, tensors: list[HFTensor], read: Callable[[HFTensor], np.ndarray]) -> Any:
-    """The parameter tree, one leaf at a time (a stack is filled row by row), in the dtypes of `shapes`."""
-    rows: dict[str, list[HFTensor]] = {}
-    for tensor in tensors:
-        rows.setdefault(tensor.path, []).append(tensor)
-    wrong: list[str] = []
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file. Raises FileNotFoundError or ValueError naming it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}: a folder in Hub format does")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: an object is expected, not {type(held).__name__}")
+    return held
 
-    def leaf(keys: Any, shape: Any) -> Any:
-        path = "/".join(key.key for key in keys)
-        stack = rows[path][0].layer is not None
-        out = np.empty(shape.shape, shape.dtype)
-        for tensor in rows[path]:
-            w = read(tensor).T if tensor.transpose else read(tensor)
-            into = out[tensor.layer] if stack else out
-            if w.shape != into.shape:
-                wrong.append(f"{tensor.name} {list(w.shape)}, not {list(into.shape)}")
-                continue
-            into[...] = w
-        return jnp.asarray(out)
 
-    tree = jax.tree_util.tree_map_with_path(leaf, shapes)
-    if wrong:
-        raise ValueError(f"{len(wrong)} tensors are wrongly shaped: {'; '.join(wrong[:8])}")
-    return tree
+def folder_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer by transformers, or None if it has none."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def folder_source(folder: Path) -> Source:
+    """The weights of a folder: safetensors, else pytorch_model.bin read by a restricted unpickler."""
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+        return safetensors_source(folder)
+    from jlora.io.torchfile import bin_source
+
+    return bin_source(folder)
+
+
+def unread(kind: Any, config: Any, source: Source) -> list[str]:
+    """Tensors that may lie in a checkpoint and are not needed: a tied head's copy, buffers a family names."""
+    named = getattr(kind, "unread", None)
+    tied = ["lm_head.weight"] if getattr(config, "tie_word_embeddings", False) else []
+    buffers = [name for name in source.shapes if name.endswith("rotary_emb.inv_freq")]
+    return [*tied, *buffers, *(named(config, source.shapes) if named else ())]

@@ -18,6 +18,8 @@ class Family(NamedTuple):
     config: Any
     model: Any
     hf_tensors: Callable[..., list[HFTensor]]
+    unread: Callable[..., list[str]] | None
+    """(config, names in the checkpoint) -> those that may be there unread; None: there are none."""
 
 
 def family(model_type: str) -> Family:
@@ -26,4 +28,4 @@ def family(model_type: str) -> Family:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     where, config, model = FAMILIES[model_type]
     module = importlib.import_module(where)
-    return Family(getattr(module, config), getattr(module, model), module.hf_tensors)
+    return Family(getattr(module, config), getattr(module, model), module.hf_tensors, getattr(module, "unread", None))
