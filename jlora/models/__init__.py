@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from jlora.models.tensors import HFTensor
 
 LLAMA = ("jlora.models.llama", "LlamaConfig", "Llama")
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+BERT = ("jlora.models.bert", "BertConfig", "Bert")
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "bert": BERT, "roberta": BERT}
 
 
 class Family(NamedTuple):

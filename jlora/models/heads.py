@@ -1,0 +1,93 @@
+"""Heads of encoders: pooler, classification, regression, masked language model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora.models.tensors import HFTensor
+
+HEADS = ("none", "pooled", "classify", "regress", "mlm")
+
+
+class Pooler(nn.Module):
+    """tanh(dense(first token)), or another activation (DeBERTa: gelu)."""
+
+    config: Any
+    dtype: Any
+    param_dtype: Any
+    activation: Any = jnp.tanh
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """hidden [b, s, d] -> [b, d]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return self.activation(nn.Dense(self.config.hidden_size, name="dense", **kinds)(hidden[:, 0]))
+
+
+class Classifier(nn.Module):
+    """Logits of c = `num_labels` classes (one is a regression); `deep`: RoBERTa's, with a tanh layer before."""
+
+    config: Any
+    dtype: Any
+    param_dtype: Any
+    deep: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [b, d] -> [b, c]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if not self.deep:
+            kernel = nn.initializers.lecun_normal()
+            shape = (x.shape[-1], self.config.num_labels)
+            w = self.param("kernel", kernel, shape, self.param_dtype)
+            b = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+            return x.astype(self.dtype) @ w.astype(self.dtype) + b.astype(self.dtype)
+        x = jnp.tanh(nn.Dense(self.config.hidden_size, name="dense", **kinds)(x))
+        return nn.Dense(self.config.num_labels, name="out_proj", **kinds)(x)
+
+
+class MaskedLM(nn.Module):
+    """LayerNorm(gelu(dense(x))) against the word embeddings, plus a bias."""
+
+    config: Any
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, embeddings: nn.Embed) -> jax.Array:
+        """hidden [b, s, d] -> logits f32 [b, s, v]."""
+        c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        gelu = functools.partial(nn.gelu, approximate=False)
+        x = gelu(nn.Dense(c.hidden_size, name="dense", **kinds)(hidden))
+        x = nn.LayerNorm(epsilon=c.layer_norm_eps, name="layer_norm", **kinds)(x)
+        bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), self.param_dtype)
+        return embeddings.attend(x).astype(jnp.float32) + bias
+
+
+def head_tensors(head: str, model_type: str) -> list[HFTensor]:
+    """The Hub's tensors of a head, after the encoder's."""
+    if head in ("classify", "regress"):
+        parts = ["classifier/dense", "classifier/out_proj"] if model_type == "roberta" else ["classifier"]
+        return [t for part in parts for t in linear(part.replace("/", "."), part)]
+    if head != "mlm":
+        return []
+    if model_type == "roberta":
+        dense, norm, bias = "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"
+    else:
+        start = "cls.predictions"
+        dense, norm, bias = f"{start}.transform.dense", f"{start}.transform.LayerNorm", f"{start}.bias"
+    norms = [
+        HFTensor(f"{norm}.weight", "lm_head/layer_norm/scale"),
+        HFTensor(f"{norm}.bias", "lm_head/layer_norm/bias"),
+    ]
+    return [*linear(dense, "lm_head/dense"), *norms, HFTensor(bias, "lm_head/bias")]
+
+
+def linear(hub: str, path: str) -> list[HFTensor]:
+    """A linear layer's weight and bias."""
+    return [HFTensor(f"{hub}.weight", f"{path}/kernel", transpose=True), HFTensor(f"{hub}.bias", f"{path}/bias")]
