@@ -11,6 +11,7 @@ from jlora.models.tensors import HFTensor
 LLAMA = ("jlora.models.llama", "LlamaConfig", "Llama")
 BERT = ("jlora.models.bert", "BertConfig", "Bert")
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "bert": BERT, "roberta": BERT}
+FAMILIES |= {"gpt2": ("jlora.models.gpt2", "GPT2Config", "GPT2")}
 
 
 class Family(NamedTuple):

@@ -52,13 +52,10 @@ class BertConfig:
                 raise ValueError(f"{name} {hub[name]!r} is not supported: {value!r} is")
         if hub.get("hidden_act", "gelu") not in ACTIVATIONS:
             raise ValueError(f"hidden_act {hub['hidden_act']!r} is not supported: {', '.join(ACTIVATIONS)} are")
-        names = {field.name for field in dataclasses.fields(cls)} & set(hub)
-        labels = len(hub["id2label"]) if hub.get("id2label") else hub.get("num_labels", 2)
-        pad = hub.get("pad_token_id")
-        default = 1 if hub.get("model_type") == "roberta" else 0
-        return cls(
-            **{n: hub[n] for n in names} | {"num_labels": labels, "pad_token_id": default if pad is None else pad}
-        )
+        held: dict[str, Any] = {f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None}
+        held["num_labels"] = len(hub["id2label"]) if hub.get("id2label") else hub.get("num_labels", 2)
+        held.setdefault("pad_token_id", 1 if hub.get("model_type") == "roberta" else 0)
+        return cls(**held)
 
 
 class Embeddings(nn.Module):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.models.causal import attend, causal_inputs, grown, stacked, through
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -142,17 +143,8 @@ class Attention(nn.Module):
             return y if name == "v" else rotate(y, positions, c.frequencies())
 
         q, keys, values = heads("q", c.num_attention_heads), heads("k", g), heads("v", g)
-        if kv is not None:
-            keys, values = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
-                for old, new in zip(kv, (keys, values), strict=True)
-            )
-            kv = (keys, values)
-        q = q.reshape(*q.shape[:2], g, -1, k)
-        scores = jnp.einsum("bsgrk,btgk->bgrst", q, keys.astype(q.dtype)).astype(jnp.float32) * k**-0.5
-        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bgrst,btgk->bsgrk", weights, values.astype(self.dtype)).reshape(*x.shape[:2], -1)
+        kv, keys, values = grown(kv, keys, values, index)
+        out = attend(q, keys, values, allowed).reshape(*x.shape[:2], -1)
         return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), kv
 
 
@@ -203,21 +195,8 @@ class Llama(nn.Module):
         c = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
-        block: Any = Block
-        if self.remat:
-            policy = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None
-            block = nn.remat(Block, prevent_cse=not self.scan_layers, policy=policy)
-        if self.scan_layers:
-            block = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-                length=c.num_hidden_layers,
-            )
-            self.layers = block(c, **kinds)
-        else:
-            self.layers = [block(c, **kinds) for _ in range(c.num_hidden_layers)]
+        parts = (c, self.dtype, self.param_dtype)
+        self.layers = stacked(Block, parts, c.num_hidden_layers, 3, self.scan_layers, self.remat)
         self.norm = RMSNorm(c.rms_norm_eps, **kinds)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
@@ -252,34 +231,12 @@ class Llama(nn.Module):
         mask bool [b, s]: True for a real token. segment_ids i32 [b, s]: packed examples, 0 for padding.
         positions i32 [b, s]: the running count of real tokens if not given. cache: as `init_cache` makes it.
         """
-        if segment_ids is not None and cache is not None:
-            raise ValueError("segment_ids go with training, a cache with generation: give one of them")
-        real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        real = real if segment_ids is None else real & (segment_ids > 0)
-        index = 0 if cache is None else cache["index"]
-        seen = real if cache is None else jax.lax.dynamic_update_slice(cache["mask"], real, (0, index))
-        count = jnp.cumsum(seen, axis=1) - 1
-        here = count if cache is None else jax.lax.dynamic_slice_in_dim(count, index, tokens.shape[1], 1)
-        positions = jnp.maximum(here, 0) if positions is None else positions
-        rows = index + jnp.arange(tokens.shape[1])[:, None]
-        columns = jnp.arange(seen.shape[1])[None]
-        causal = columns <= rows
+        positions, allowed, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         if self.config.sliding_window is not None:
-            causal &= columns > rows - self.config.sliding_window
-        allowed = causal & seen[:, None]
-        if segment_ids is not None:
-            allowed &= segment_ids[:, :, None] == segment_ids[:, None]
-        x, kv = self.embed_tokens(tokens), None if cache is None else cache["kv"]
-        if self.scan_layers:
-            x, kv = self.layers(x, kv, positions, allowed, index)  # pyright: ignore[reportCallIssue]
-        else:
-            new = []
-            for n, layer in enumerate(self.layers):
-                x, one = layer(
-                    x, None if kv is None else jax.tree.map(lambda a, n=n: a[n], kv), positions, allowed, index
-                )
-                new.append(one)
-            kv = None if kv is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+            columns, rows = jnp.arange(seen.shape[1]), index + jnp.arange(tokens.shape[1])[:, None]
+            allowed &= columns > rows - self.config.sliding_window
+        kv = None if cache is None else cache["kv"]
+        x, kv = through(self.layers, self.embed_tokens(tokens), kv, positions, allowed, index)
         x = self.norm(x)
         if cache is None:
             return x

@@ -1,0 +1,198 @@
+"""GPT-2, and GPT-3 by its sizes (Brown et al. 2020, table 2.1), in Flax Linen.
+
+Axes: b batch, s sequence, t keys (the cache's length, or s), d model, h heads, k head size, v vocabulary, l layers.
+Module names are the Hub's. GPT-2's own kernels are stored (in, out), as Flax's are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora.models.causal import attend, causal_inputs, grown, stacked, through
+from jlora.models.tensors import HFTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Sizes, under the Hub's names."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    bos_token_id: int = 50256
+    eos_token_id: int = 50256
+    model_type: str = "gpt2"
+
+    @classmethod
+    def from_hf(cls, hub: Mapping[str, Any]) -> GPT2Config:
+        """From a `config.json`. Raises ValueError for a field whose value changes results and is not supported."""
+        only = {
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        }
+        for name, value in only.items():
+            if hub.get(name, value) != value:
+                raise ValueError(f"{name} {hub[name]!r} is not supported in gpt2: {value!r} is")
+        return cls(**{f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None})
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.n_layer
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `config.json`."""
+        return {"architectures": ["GPT2LMHeadModel"], **dataclasses.asdict(self), "activation_function": "gelu_new"}
+
+
+def gpt3(layers: int, d: int, heads: int) -> GPT2Config:
+    """A size of GPT-3: GPT-2's architecture over 2,048 positions (its sparse attention has dense weights)."""
+    return GPT2Config(n_positions=2048, n_embd=d, n_layer=layers, n_head=heads)
+
+
+GPT3 = {
+    "125m": gpt3(12, 768, 12),
+    "350m": gpt3(24, 1024, 16),
+    "760m": gpt3(24, 1536, 16),
+    "1.3b": gpt3(24, 2048, 16),
+    "2.7b": gpt3(32, 2560, 32),
+    "6.7b": gpt3(32, 4096, 32),
+    "13b": gpt3(40, 5120, 40),
+    "175b": gpt3(96, 12288, 96),
+}
+"""Table 2.1, except two of its rows that do not divide: 1.3B has 16 heads here (24 there), 13B d = 5120 (5140)."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one fused projection."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: Any, allowed: jax.Array, index: Any) -> Any:
+        """x [b, s, d], allowed bool [b, s, t], kv None or two [b, t, h, k] written at `index` -> ([b, s, d], kv)."""
+        c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        qkv = nn.Dense(3 * c.n_embd, name="c_attn", **kinds)(x)
+        q, k, v = (y.reshape(*x.shape[:2], c.n_head, -1) for y in jnp.split(qkv, 3, axis=-1))
+        kv, k, v = grown(kv, k, v, index)
+        out = attend(q, k, v, allowed).reshape(x.shape)
+        return nn.Dense(c.n_embd, name="c_proj", **kinds)(out), kv
+
+
+class MLP(nn.Module):
+    """c_proj(gelu(c_fc(x)))."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [b, s, d] -> [b, s, d]."""
+        c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        inner = nn.Dense(c.n_inner or 4 * c.n_embd, name="c_fc", **kinds)(x)
+        return nn.Dense(c.n_embd, name="c_proj", **kinds)(nn.gelu(inner))
+
+
+class Block(nn.Module):
+    """One layer, in the form `nn.scan` wants: (x, cache of the layer, what all layers share) -> (x, cache)."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: Any, allowed: jax.Array, index: Any) -> Any:
+        """x [b, s, d] -> ([b, s, d], kv)."""
+        parts = (self.config, self.dtype, self.param_dtype)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "epsilon": self.config.layer_norm_epsilon}
+        y, kv = Attention(*parts, name="attn")(nn.LayerNorm(name="ln_1", **kinds)(x), kv, allowed, index)
+        x = x + y
+        return x + MLP(*parts, name="mlp")(nn.LayerNorm(name="ln_2", **kinds)(x)), kv
+
+
+class GPT2(nn.Module):
+    """The decoder; its head is the word embedding, tied. `remat`: False, True or "dots"."""
+
+    config: GPT2Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: bool | str = False
+
+    def setup(self) -> None:
+        """The parts; parameters are named as on the Hub, without "transformer."."""
+        c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.wte = nn.Embed(c.vocab_size, c.n_embd, **kinds)
+        self.wpe = nn.Embed(c.n_positions, c.n_embd, **kinds)
+        self.h = stacked(Block, (c, self.dtype, self.param_dtype), c.n_layer, 2, self.scan_layers, self.remat)
+        self.ln_f = nn.LayerNorm(epsilon=c.layer_norm_epsilon, **kinds)
+
+    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
+        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
+        hidden = self.hidden(tokens, **options)
+        if options.get("cache") is not None:
+            return self.head(hidden[0]), hidden[1]
+        return self.head(hidden)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d] -> logits f32 [..., v]."""
+        return self.wte.attend(hidden).astype(jnp.float32)
+
+    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """An empty cache for `size` tokens in each of `batch` rows."""
+        c = self.config
+        empty = jnp.zeros((c.n_layer, batch, size, c.n_head, c.n_embd // c.n_head), self.dtype)
+        return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> Any:
+        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
+        positions, allowed, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+        x = self.wte(tokens) + self.wpe(positions)
+        x, kv = through(self.h, x, None if cache is None else cache["kv"], allowed, index)
+        x = self.ln_f(x)
+        return x if cache is None else (x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]})
+
+
+def hf_tensors(config: GPT2Config, scan_layers: bool = True) -> list[HFTensor]:
+    """Every tensor of the Hub's checkpoint and where it lies in the tree. No kernel is transposed."""
+    out = [HFTensor(f"transformer.{name}.weight", f"{name}/embedding") for name in ("wte", "wpe")]
+    out += [
+        HFTensor(f"transformer.ln_f.{hub}", f"ln_f/{ours}") for hub, ours in (("weight", "scale"), ("bias", "bias"))
+    ]
+    names = {f"{part}/{name}": "kernel" for part, name in (("attn", "c_attn"), ("attn", "c_proj"))}
+    names |= {f"mlp/{name}": "kernel" for name in ("c_fc", "c_proj")} | {"ln_1": "scale", "ln_2": "scale"}
+    for n in range(config.n_layer):
+        where, layer = ("h", n) if scan_layers else (f"h_{n}", None)
+        for name, weight in names.items():
+            hub = f"transformer.h.{n}.{name.replace('/', '.')}"
+            out.append(HFTensor(f"{hub}.weight", f"{where}/{name}/{weight}", layer))
+            out.append(HFTensor(f"{hub}.bias", f"{where}/{name}/bias", layer))
+    return out
+
+
+def unread(config: GPT2Config, names: Iterable[str]) -> list[str]:
+    """Buffers of old checkpoints, and the head's copy of the embedding."""
+    return [n for n in names if n.endswith((".attn.bias", ".attn.masked_bias")) or n == "lm_head.weight"]
