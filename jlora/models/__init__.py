@@ -12,6 +12,7 @@ LLAMA = ("jlora.models.llama", "LlamaConfig", "Llama")
 BERT = ("jlora.models.bert", "BertConfig", "Bert")
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "bert": BERT, "roberta": BERT}
 FAMILIES |= {"gpt2": ("jlora.models.gpt2", "GPT2Config", "GPT2")}
+FAMILIES |= {"gemma3_text": ("jlora.models.gemma", "GemmaConfig", "Gemma")}
 
 
 class Family(NamedTuple):

@@ -31,7 +31,7 @@ def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) 
     raise ValueError(f"rope_scaling of type {kind!r} is not supported: default, linear and llama3 are")
 
 
-def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
     """x [b, s, h, k] turned by its positions i32 [b, s]; angles in float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]

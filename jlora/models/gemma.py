@@ -1,0 +1,237 @@
+"""Gemma 3 (text) in Flax Linen: local and global layers, norms before and after, q/k norms.
+
+Axes as in `jlora/models/llama.py`. Module names are the Hub's. A layer's kind is data (a scanned flag), so that all
+layers are one stack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.models.causal import attend, causal_inputs, grown, stacked, through
+from jlora.models.rope import frequencies, rotate
+from jlora.models.tensors import HFTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes and switches, under the Hub's names; `local`: which layers see `sliding_window` tokens only."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float
+    sliding_window: int
+    local: tuple[bool, ...]
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    rope_local_base_freq: float = 10_000.0
+    rope_scaling: tuple[tuple[str, Any], ...] | None = None
+    tie_word_embeddings: bool = True
+    model_type: str = "gemma3_text"
+
+    @classmethod
+    def from_hf(cls, hub: Mapping[str, Any]) -> GemmaConfig:
+        """From a `config.json`. Raises ValueError for a field whose value changes results and is not supported."""
+        only = {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+            "tie_word_embeddings": True,
+        }
+        for name, value in only.items():
+            if hub.get(name, value) not in (value, None):
+                raise ValueError(f"{name} {hub[name]!r} is not supported in gemma3: {value!r} is")
+        count = hub["num_hidden_layers"]
+        every = hub.get("sliding_window_pattern") or hub.get("_sliding_window_pattern") or 6
+        default = ["full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(count)]
+        kinds = hub.get("layer_types") or default
+        rope = hub.get("rope_parameters") or {}
+        full, near = (
+            dict(rope.get("full_attention") or hub.get("rope_scaling") or {}),
+            rope.get("sliding_attention") or {},
+        )
+        theta = full.pop("rope_theta", None) or hub.get("rope_theta") or 1_000_000.0
+        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        config = cls(
+            **{name: hub[name] for name in same},
+            num_key_value_heads=hub["num_key_value_heads"],
+            head_dim=hub["head_dim"],
+            query_pre_attn_scalar=hub.get("query_pre_attn_scalar", 256),
+            sliding_window=hub["sliding_window"],
+            local=tuple(kind == "sliding_attention" for kind in kinds),
+            rms_norm_eps=hub.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_local_base_freq=float(near.get("rope_theta") or hub.get("rope_local_base_freq") or 10_000.0),
+            rope_scaling=tuple(sorted(full.items())) or None,
+        )
+        config.frequencies()
+        return config
+
+    def frequencies(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary frequencies f64 [k / 2] of local and of global layers."""
+        scaling = dict(self.rope_scaling) if self.rope_scaling else None
+        near = frequencies(self.head_dim, self.rope_local_base_freq, None)
+        return near, frequencies(self.head_dim, self.rope_theta, scaling)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), in float32."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., d] -> [..., d]."""
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    config: GemmaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: Any, local: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
+        """x [b, s, d], local bool [], allowed bool [b, s, t] -> ([b, s, d], kv)."""
+        c = self.config
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
+        near, far = (jnp.asarray(f, jnp.float32) for f in c.frequencies())
+        freqs = jnp.where(local, near, far)
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = dense(count * c.head_dim, name=f"{name}_proj")(x).reshape(*x.shape[:2], count, c.head_dim)
+            return y if name == "v" else rotate(norm(name=f"{name}_norm")(y), positions, freqs)
+
+        q = heads("q", c.num_attention_heads)
+        kv, keys, values = grown(kv, heads("k", c.num_key_value_heads), heads("v", c.num_key_value_heads), index)
+        columns, rows = jnp.arange(allowed.shape[2]), index + jnp.arange(allowed.shape[1])[:, None]
+        allowed &= ~jnp.asarray(local) | (columns > rows - c.sliding_window)
+        out = attend(q, keys, values, allowed, c.query_pre_attn_scalar**-0.5).reshape(*x.shape[:2], -1)
+        return dense(c.hidden_size, name="o_proj")(out), kv
+
+
+class MLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)), gelu by tanh."""
+
+    config: GemmaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [b, s, d] -> [b, s, d]."""
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        gate, up = (dense(self.config.intermediate_size, name=f"{name}_proj")(x) for name in ("gate", "up"))
+        return dense(self.config.hidden_size, name="down_proj")(nn.gelu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, in the form `nn.scan` wants: (x, (cache, flag) of the layer, what all share) -> the same."""
+
+    config: GemmaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, own: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
+        """x [b, s, d] -> ([b, s, d], own)."""
+        parts = (self.config, self.dtype, self.param_dtype)
+        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
+        kv, local = own
+        y = norm(name="input_layernorm")(x)
+        y, kv = Attention(*parts, name="self_attn")(y, kv, local, positions, allowed, index)
+        x = x + norm(name="post_attention_layernorm")(y)
+        y = MLP(*parts, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
+        return x + norm(name="post_feedforward_layernorm")(y), (kv, local)
+
+
+class Gemma(nn.Module):
+    """The decoder; its head is the embedding, tied. `remat`: False, True or "dots"."""
+
+    config: GemmaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: bool | str = False
+
+    def setup(self) -> None:
+        """The parts; parameters are named as on the Hub."""
+        c, parts = self.config, (self.config, self.dtype, self.param_dtype)
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.layers = stacked(Block, parts, c.num_hidden_layers, 3, self.scan_layers, self.remat)
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
+
+    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
+        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
+        hidden = self.hidden(tokens, **options)
+        if options.get("cache") is not None:
+            return self.head(hidden[0]), hidden[1]
+        return self.head(hidden)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d] -> logits f32 [..., v]."""
+        return self.embed_tokens.attend(hidden).astype(jnp.float32)
+
+    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """An empty cache for `size` tokens in each of `batch` rows; local layers keep as many as global ones."""
+        c = self.config
+        empty = jnp.zeros((c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim), self.dtype)
+        return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> Any:
+        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
+        positions, allowed, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+        # the Hub's models round the scale to the embedding's precision
+        x = self.embed_tokens(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
+        own = (None if cache is None else cache["kv"], jnp.asarray(self.config.local))
+        x, (kv, _) = through(self.layers, x, own, positions, allowed, index)
+        x = self.norm(x)
+        return x if cache is None else (x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]})
+
+
+def hf_tensors(config: GemmaConfig, scan_layers: bool = True) -> list[HFTensor]:
+    """Every tensor of the Hub's checkpoint and where it lies in the tree."""
+    out = [HFTensor("model.embed_tokens.weight", "embed_tokens/embedding"), HFTensor("model.norm.weight", "norm/scale")]
+    linears = [f"self_attn/{n}_proj" for n in "qkvo"] + [f"mlp/{n}_proj" for n in ("gate", "up", "down")]
+    norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
+    scales = [f"{name}_layernorm" for name in norms] + ["self_attn/q_norm", "self_attn/k_norm"]
+    for n in range(config.num_hidden_layers):
+        where, layer = ("layers", n) if scan_layers else (f"layers_{n}", None)
+        hub = f"model.layers.{n}."
+        for name in linears:
+            dotted = f"{hub}{name.replace('/', '.')}.weight"
+            out.append(HFTensor(dotted, f"{where}/{name}/kernel", layer, transpose=True))
+        for name in scales:
+            out.append(HFTensor(f"{hub}{name.replace('/', '.')}.weight", f"{where}/{name}/scale", layer))
+    return out
