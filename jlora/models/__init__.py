@@ -13,6 +13,7 @@ BERT = ("jlora.models.bert", "BertConfig", "Bert")
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "bert": BERT, "roberta": BERT}
 FAMILIES |= {"gpt2": ("jlora.models.gpt2", "GPT2Config", "GPT2")}
 FAMILIES |= {"gemma3_text": ("jlora.models.gemma", "GemmaConfig", "Gemma")}
+FAMILIES |= {"deberta-v2": ("jlora.models.deberta", "DebertaConfig", "Deberta")}
 
 
 class Family(NamedTuple):
