@@ -28,6 +28,10 @@ class Adapter:
     def attach(self, w: Any, path: str, dropout: float, key: Any) -> ImplicitLeaf:
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """A few words for `jlora.summary`."""
+        return type(self).__name__
+
 
 def is_adapter(value: Any) -> bool:
     return isinstance(value, Adapter)
@@ -54,6 +58,9 @@ class LoraFactors(Adapter):
             key = jax.random.split(key, tuple(w.shape[ax] for ax in stack))
         key_axes = stack if key is not None else ()
         return LoraLeaf(w, self.lora_a, self.lora_b, key, a_axes, b_axes, key_axes, self.scaling, dropout, path)
+
+    def describe(self) -> str:
+        return f"rank {self.lora_a.shape[-1]}, scaling {self.scaling:g}, axes {self.layout}"
 
 
 def axes_of(layout: str, letters: str) -> tuple[int, ...]:

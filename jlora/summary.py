@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from jlora.lora import LoraFactors, is_adapter
+from jlora.leaves import is_implicit
+from jlora.lora import is_adapter
 from jlora.tree import nbytes, path_of, paths, size
 
 
 def summary(frozen: Any, lora: Any) -> str:
     """One line a trained leaf (path, weight's shape, how it is adapted, elements trained) and the totals."""
-    weights = paths(frozen)
+    weights = paths(frozen, is_implicit)
     table = Table("parameter", "weight", "adapted", "trained", title=None)
     table.columns[3].justify = "right"
     for keys, entry in jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)[0]:
         path = path_of(keys)
-        shape = list(weights[path].shape) if path in weights else list(entry.shape)
+        shape = list(getattr(weights.get(path, entry), "shape", ()))  # a module's entry has none
         table.add_row(path, str(shape), how(entry), f"{size(entry):,}")
     table.add_section()
-    trained, total = size(lora), size(frozen) + whole(lora)
+    trained, total = size(lora), sum(math.prod(w.shape) for w in weights.values()) + whole(lora)
     table.add_row(f"{trained:,} of {total:,} trained", "", "", f"{100 * trained / max(total, 1):.3f} %")
     table.add_row(f"{nbytes(lora) / 1e6:.1f} MB trained, {nbytes(frozen) / 1e6:.1f} MB frozen", "", "", "")
     out = io.StringIO()
@@ -32,9 +34,7 @@ def summary(frozen: Any, lora: Any) -> str:
 
 
 def how(entry: Any) -> str:
-    if isinstance(entry, LoraFactors):
-        return f"rank {entry.lora_a.shape[-1]}, scaling {entry.scaling:g}, axes {entry.layout}"
-    return type(entry).__name__ if is_adapter(entry) else "whole"
+    return entry.describe() if is_adapter(entry) else "whole"
 
 
 def whole(lora: Any) -> int:

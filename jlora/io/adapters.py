@@ -1,22 +1,37 @@
-"""An adapter folder in PEFT's format, put on a loaded model: its own settings, so nothing is typed twice."""
+"""Adapters read from PEFT's format: the trained tree is made from the file's own tensors, whoever wrote them.
+
+A stack of layers is one leaf here. Layers of it that the file does not adapt get zero factors, and layers of a smaller
+rank are padded with zeros: the same function.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.io.load import Pretrained
-from jlora.io.peft import load_peft
-from jlora.lora import lorafy
+from jlora.io.peft import MAGNITUDE, PREFIX, module_of
+from jlora.lora import LoraFactors
+from jlora.methods.dora import DoraFactors, with_magnitude
+from jlora.models.tensors import HFTensor
+from jlora.tree import path_of, paths
+
+OTHER = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+KINDS = (*OTHER, *OTHER.values(), MAGNITUDE)
 
 
 def read_config(folder: str | Path) -> LoraConfig:
-    """The `LoraConfig` of adapter_config.json. Raises ValueError for a peft_type or setting that is not LoRA's."""
+    """The `LoraConfig` of adapter_config.json. Raises ValueError for a peft_type or a setting that is not read here."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it and adapter_model.safetensors")
@@ -26,12 +41,127 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
     if held.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {held.get('peft_type')!r}; this reads 'LORA'")
+    for name in ("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
+        if held.get(name):
+            raise ValueError(f"{path}: {name} is not read here: {held[name]!r}")
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"init_lora_weights"}
     return LoraConfig(**{name: held[name] for name in fields & set(held) if held[name] is not None})
 
 
+def read_arrays(folder: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of adapter_model.safetensors (or .bin), without PEFT's prefix. Raises ValueError if damaged."""
+    import ml_dtypes  # noqa: F401  (safetensors.numpy knows bfloat16 only once this is imported)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file() and (older := path.with_suffix(".bin")).is_file():
+        from jlora.io.torchfile import read_bin
+
+        return {name.removeprefix(PREFIX): np.asarray(x) for name, x in read_bin(older).items()}
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it and adapter_config.json")
+    try:
+        held = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or no safetensors file: {error}") from None
+    return {name.removeprefix(PREFIX).replace(".base_layer.", "."): x for name, x in held.items()}
+
+
+@dataclasses.dataclass
+class Part:
+    """What the file holds about one module: A [in, r], B [r, out], the scaling, and DoRA's magnitude [out] or None."""
+
+    layer: int | None
+    a: np.ndarray
+    b: np.ndarray
+    scaling: float
+    magnitude: np.ndarray | None
+
+
+def load_peft(
+    folder: str | Path, params: Any, tensors: Sequence[HFTensor], dtype: Any = jnp.float32
+) -> tuple[Any, Any, LoraConfig]:
+    """(frozen, lora, config): an adapter's folder as `lorafy` would give the two trees for `params`.
+
+    Full modules and biases of the file are whole trained leaves, in the file's values.
+    Raises ValueError listing tensors that have no place in the model, or whose shape does not fit it.
+    """
+    config, arrays = read_config(folder), read_arrays(folder)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    by_module = {module_of(t): t for t in tensors if t.name.endswith(".weight")}
+    leaves = paths(params)
+    parts: dict[str, list[Part]] = {}
+    full: dict[str, list[tuple[HFTensor, np.ndarray]]] = {}
+    wrong = []
+    for name, array in arrays.items():
+        kind = next((k for k in KINDS if name.endswith(f".{k}")), None)
+        module = name.removesuffix(f".{kind}") if kind else None
+        if kind is None and name in by_name:
+            full.setdefault(by_name[name].path, []).append((by_name[name], array))
+        elif kind is None or module not in by_module:
+            wrong.append(f"{name} has no place in the model")
+        elif kind in OTHER:
+            tensor, other = by_module[module], f"{module}.{OTHER[kind]}"
+            shape = tuple(leaves[tensor.path].shape[-2:])
+            if other not in arrays or (array.shape[1], arrays[other].shape[0]) != shape:
+                have = list(arrays[other].shape) if other in arrays else "missing"
+                wrong.append(f"{name} {list(array.shape)} with B {have}, for a weight [in, out] = {list(shape)}")
+                continue
+            scaling = scaling_of(config, module, array.shape[0])
+            magnitude = arrays.get(f"{module}.{MAGNITUDE}")
+            parts.setdefault(tensor.path, []).append(Part(tensor.layer, array.T, arrays[other].T, scaling, magnitude))
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong[:6])}{more}")
+    made: dict[str, Any] = {path: entry_of(leaves[path], found, dtype) for path, found in parts.items()}
+    # PEFT writes an adapted embedding's own weight beside its factors: that is a base, not trained
+    bases = {path: whole_of(leaves[path], full.pop(path), leaves[path].dtype) for path in set(full) & set(made)}
+    made |= {path: whole_of(leaves[path], found, dtype) for path, found in full.items()}
+    tree = lambda pick: jax.tree_util.tree_map_with_path(lambda keys, leaf: pick(path_of(keys), leaf), params)
+    lora = tree(lambda path, leaf: made.get(path))
+    return tree(lambda path, leaf: None if path in full else bases.get(path, leaf)), lora, config
+
+
+def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r), of one module. PEFT's patterns are matched at the end of the module's name."""
+    hits = (alpha for p, alpha in config.alpha_pattern.items() if re.match(rf"(.*\.)?({p})$", module))
+    alpha = next(hits, config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def entry_of(w: Any, found: list[Part], dtype: Any) -> LoraFactors | DoraFactors:
+    """The factors of one leaf from its modules'."""
+    scaling = found[0].scaling
+    if found[0].layer is None:
+        a, b, layout, rows = found[0].a, found[0].b, "io", None
+    else:
+        rank = max(part.a.shape[1] for part in found)
+        a = np.zeros((w.shape[0], w.shape[1], rank), np.float32)
+        b = np.zeros((w.shape[0], rank, w.shape[2]), np.float32)
+        for part in found:
+            a[part.layer, :, : part.a.shape[1]] = part.a
+            # one scaling for the stack: what is over goes into B
+            b[part.layer, : part.b.shape[0]] = part.b if part.scaling == scaling else part.b * (part.scaling / scaling)
+        layout, rows = "sio", [part.layer for part in found]
+    entry = LoraFactors(jnp.asarray(a, dtype), jnp.asarray(b, dtype), scaling, layout)
+    if found[0].magnitude is None:
+        return entry
+    magnitudes = [np.asarray(part.magnitude).reshape(-1) for part in found]
+    if rows is None:
+        return DoraFactors(entry, jnp.asarray(magnitudes[0], dtype))
+    _, fresh = with_magnitude(w, entry)  # layers that the file leaves out keep their own norm
+    return DoraFactors(entry, fresh.magnitude.at[jnp.asarray(rows)].set(jnp.asarray(np.stack(magnitudes), dtype)))
+
+
+def whole_of(w: Any, found: list[tuple[HFTensor, np.ndarray]], dtype: Any) -> jax.Array:
+    """A leaf trained whole: the file's values, the base's in layers the file leaves out."""
+    out = np.array(w, np.float32)
+    for tensor, array in found:
+        out[... if tensor.layer is None else tensor.layer] = array.T if tensor.transpose else array
+    return jnp.asarray(out, dtype)
+
+
 def load_adapter(base: Pretrained, folder: str | Path) -> tuple[Any, Any, LoraConfig]:
     """(frozen, lora, config): the adapter of `folder` on `base`. Raises ValueError where it does not fit."""
-    config = read_config(folder)
-    frozen, lora = lorafy(base.params, config=config, key=jax.random.key(0), layouts=base.layouts)
-    return frozen, load_peft(folder, lora, base.tensors), config
+    return load_peft(folder, base.params, base.tensors)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.io.peft import load_peft, save_peft
+from jlora.io.adapters import load_peft
+from jlora.io.peft import save_peft
 from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -35,10 +36,9 @@ def adapter(scan, options):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_read_back_bit_for_bit(name, scan, tmp_path):
-    _, tensors, settings, _, lora = adapter(scan, CASES[name])
+    _, tensors, settings, frozen, lora = adapter(scan, CASES[name])
     save_peft(tmp_path, lora, settings, tensors, "base")
-    blank = jax.tree.map(jnp.zeros_like, lora)
-    again = load_peft(tmp_path, blank, tensors)
+    _, again, _ = load_peft(tmp_path, frozen, tensors)
     assert jax.tree.structure(again) == jax.tree.structure(lora)
     jax.tree.map(np.testing.assert_array_equal, again, lora)
     assert not list(tmp_path.glob("*.part"))
@@ -83,9 +83,35 @@ def test_the_config_says_what_was_trained(tmp_path):
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "v1")
 
 
-def test_another_shape_is_refused(tmp_path):
-    _, tensors, settings, _, lora = adapter(True, CASES["q and v"])
+def test_another_model_is_refused(tmp_path):
+    _, tensors, settings, frozen, lora = adapter(True, CASES["q and v"])
     save_peft(tmp_path, lora, settings, tensors, "base")
-    _, _, _, _, wider = adapter(True, {"target_modules": "attention"})
-    with pytest.raises(ValueError, match=r"k_proj\.lora_A\.weight missing, expected \[4, 32\]"):
+    wider = {
+        **frozen,
+        "layers": jax.tree.map(lambda w: jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, 8)]), frozen["layers"]),
+    }
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight \[4, 32\] with B \[32, 4\], for .* \[32, 40\]"):
         load_peft(tmp_path, wider, tensors)
+    fewer = [t for t in tensors if "v_proj" not in t.name]
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.v_proj\.lora_A\.weight has no place"):
+        load_peft(tmp_path, frozen, fewer)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    _, tensors, settings, frozen, lora = adapter(True, CASES["q and v"])
+    save_peft(tmp_path, lora, settings, tensors, "base")
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="cut short or no safetensors"):
+        load_peft(tmp_path, frozen, tensors)
+    weights.write_bytes(whole)
+    config.write_text(config.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"adapter_config\.json: not JSON"):
+        load_peft(tmp_path, frozen, tensors)
+    config.write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="peft_type is 'IA3'"):
+        load_peft(tmp_path, frozen, tensors)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
+        load_peft(tmp_path, frozen, tensors)

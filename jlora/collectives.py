@@ -1,0 +1,117 @@
+"""What a compiled program sends over the wires: each collective with its bytes and how often it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import ml_dtypes
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """`bytes`: of the result, on one device, once. `times`: how often a step runs it (its loops' trip counts).
+
+    `known`: False if a loop around it has no known trip count; `times` then counts that loop once.
+    """
+
+    kind: str
+    dtypes: tuple[str, ...]
+    bytes: int
+    times: int
+    known: bool
+    where: str
+
+    @property
+    def total(self) -> int:
+        return self.bytes * self.times
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives in a compiled program's text (`compiled.as_text()`), loop bodies multiplied out."""
+    bodies, entry = computations(text)
+    found: list[Collective] = []
+
+    def walk(name: str, times: int, known: bool) -> None:
+        for line in bodies.get(name, ()):
+            match = INSTRUCTION.match(line)
+            if match is None:
+                continue
+            shape, opcode, rest = match.groups()
+            kind = opcode.removesuffix("-start")
+            if kind in KINDS:
+                arrays = ARRAY.findall(shape)
+                if opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
+                    arrays = arrays[len(arrays) // 2 :][: max(1, len(arrays) // 2)]  # (operands, results, ...)
+                place = OP_NAME.search(rest)
+                found.append(
+                    Collective(
+                        kind,
+                        tuple(sorted({dtype for dtype, _ in arrays})),
+                        sum(itemsize(dtype) * volume(dims) for dtype, dims in arrays),
+                        times,
+                        known,
+                        place[1] if place else "",
+                    )
+                )
+                continue
+            inner = CALLED.findall(rest)
+            for group in BRANCHES.findall(rest):
+                inner += re.findall(r"[\w.\-]+", group)
+            trips = TRIPS.search(rest) if opcode == "while" else None
+            for child in inner:
+                walk(
+                    child,
+                    times * (int(trips[1]) if trips else 1),
+                    known and (opcode != "while" or trips is not None),
+                )
+
+    walk(entry, 1, True)
+    return found
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """({computation: its lines}, the entry's name)."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        start = COMPUTATION.match(line)
+        if start:
+            name = start[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def volume(dims: str) -> int:
+    return int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64)) if dims else 1
+
+
+def itemsize(dtype: str) -> float:
+    """Bytes of one element of an HLO type: bf16, f32, s8, pred ..."""
+    bits = re.search(r"\d+", dtype)
+    if dtype == "pred" or bits is None:
+        return 1
+    if dtype.startswith("f8"):
+        return np.dtype(ml_dtypes.float8_e4m3fn).itemsize
+    return max(int(bits[0]), 4) / 8
+
+
+def by_kind(found: list[Collective]) -> dict[str, int]:
+    """{kind: bytes a step}, on one device."""
+    out: dict[str, int] = {}
+    for one in found:
+        out[one.kind] = out.get(one.kind, 0) + int(one.total)
+    return out

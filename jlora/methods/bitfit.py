@@ -1,0 +1,42 @@
+"""BitFit: only the biases train (Ben Zaken et al. 2021, arXiv 2106.10199). Or only the LayerNorms.
+
+Departure: none; a model without biases (Llama, Mistral) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jlora.methods.plant import leaves_of, whole
+from jlora.targets import known
+
+BIAS = re.compile(r"(^|/)(bias|b|beta|offset)$")
+NORM = re.compile(r"norm|(^|/)ln_?\w*(/|$)", re.I)
+NORM_WEIGHT = re.compile(r"(^|/)(scale|weight|gamma|g|bias|b|beta|offset)$")
+
+
+def make(params: Any, *, layouts: Any = None, key: Any = None) -> tuple[Any, Any]:
+    """(frozen, trained): every bias trains, those of LayerNorms too.
+
+    layouts: what `jlora.layouts` returns tells biases by their use; without it, by their names.
+    """
+
+    def is_bias(path: str) -> bool:
+        kind = getattr(known(path, layouts), "kind", None)
+        return kind == "bias" if kind else BIAS.search(path) is not None
+
+    return only(params, is_bias, "bias")
+
+
+def norms(params: Any, *, key: Any = None) -> tuple[Any, Any]:
+    """(frozen, trained): only the scales and biases of LayerNorms (or RMSNorms) train."""
+    return only(params, lambda path: bool(NORM.search(path) and NORM_WEIGHT.search(path)), "norm")
+
+
+def only(params: Any, wanted: Any, what: str) -> tuple[Any, Any]:
+    leaves = leaves_of(params)
+    chosen = [path for path in leaves if wanted(path)]
+    if not chosen:
+        raise ValueError(f"no {what} among the {len(leaves)} leaves ({', '.join(list(leaves)[:4])}, ...)")
+    return whole(params, chosen)

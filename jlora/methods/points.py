@@ -1,0 +1,53 @@
+"""Where methods attach in models with the Hub's module names, and a weight's bias beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.targets import is_matrix, known
+from jlora.tree import Targets, near, select
+
+POINTS = {
+    "key": r"(^|/)(k_proj|key|key_proj|k_lin)/[^/]+$",
+    "value": r"(^|/)(v_proj|value|value_proj|v_lin)/[^/]+$",
+    "attention out": r"(^|/)(o_proj|out_proj|out_lin|attention/output/dense|attn/c_proj)/[^/]+$",
+    "mlp in": r"(^|/)(up_proj|gate_proj|intermediate/dense|mlp/c_fc|fc1|lin1)/[^/]+$",
+    "mlp out": r"(^|/)(down_proj|(?<!attention/)output/dense|mlp/c_proj|fc2|lin2)/[^/]+$",
+}
+"""Regexes over the paths of weights: Llama, Qwen, GPT-2, BERT, RoBERTa, DeBERTa, DistilBERT, OPT."""
+
+
+def find(points: Targets, leaves: Mapping[str, Any], layouts: Any, what: str) -> list[str]:
+    """The paths of the matrices that `points` means: keys of `POINTS`, names, regexes or a predicate, in tree order.
+
+    Raises ValueError for one that matches no matrix.
+    """
+    if callable(points):
+        return select(points, leaves, what)
+    chosen: set[str] = set()
+    for point in [points] if isinstance(points, str) else points:
+        hits = [path for path in leaves if re.search(POINTS[point], path)] if point in POINTS else []
+        hits = hits if point in POINTS else select(point, leaves, what)
+        found = [path for path in hits if is_matrix(path, leaves[path], layouts)]
+        if not found:
+            raise ValueError(f"{what}: {point!r} matches no matrix{near(point, leaves)}")
+        chosen.update(found)
+    return [path for path in leaves if path in chosen]
+
+
+def bias_of(path: str, leaves: Mapping[str, Any]) -> str | None:
+    """The path of the bias added after the product with this weight: `bias` or `b` beside it, or None."""
+    module = path.rpartition("/")[0]
+    names = (f"{module}/{name}" if module else name for name in ("bias", "b"))
+    return next((name for name in names if name in leaves), None)
+
+
+def layout_of(path: str, leaf: Any, layouts: Any) -> str:
+    """As `targets.letters_of`, a weight [s, i, o] of a scanned model being told from its name `kernel`."""
+    from jlora.targets import letters_of
+
+    if known(path, layouts) is None and len(leaf.shape) == 3 and path.endswith("/kernel"):
+        return "sio" if re.search(r"(^|/)(layers|blocks|layer|h)/", path) else letters_of(path, leaf, layouts)
+    return letters_of(path, leaf, layouts)

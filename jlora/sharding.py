@@ -1,0 +1,243 @@
+"""Weights, factors, optimiser state and batches over a mesh of devices.
+
+`jax.jit` compiles one program for all devices from where its arguments lie; this file says where. Weights are split
+by FSDP (Rajbhandari et al., arXiv 1910.02054, stage 3) and by tensors (Shoeybi et al., arXiv 1909.08053), read off
+their `layouts` letters, so the rules hold for any model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jlora.leaves import is_implicit
+from jlora.lora import LoraFactors, is_adapter
+from jlora.targets import EMBEDDING, known
+from jlora.tree import path_of, paths
+
+AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+BATCH = ("data", "fsdp")
+"""The mesh axes that split a batch's rows."""
+ROWS = re.compile(r"o_proj|down_proj|c_proj|out_proj|fc2|(^|/)(wo|w2)(/|$)|output/dense|intermediate_output")
+"""Weights whose input is what another split weight put out: their input axis goes over `tensor`, so that a block
+needs one all-reduce. Any choice gives the same result; this one moves less."""
+
+
+def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes `AXES` from one line: "fsdp=4,tensor=2". Axes not named have size 1; a size of -1 takes
+    the devices that are left; nothing named at all is "data=-1".
+
+    devices: all of `jax.devices()` if not given. Raises ValueError for an unknown axis or sizes that do not fit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, (text or "data=-1").replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ValueError(f"mesh {text!r}: {part!r} is not AXIS=SIZE with an axis of {', '.join(AXES)}")
+        sizes[name] = int(size)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size > 0)
+    if len(open_axes) == 1 and len(devices) % given == 0:
+        sizes[open_axes[0]] = len(devices) // given
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh {text!r} makes {given} devices, and there are {len(devices)}: the product must be that")
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size: int = 2**20) -> Any:
+    """A tree of `PartitionSpec`s for weights or for a trained tree (adapters follow their weight).
+
+    layouts: as `lorafy` takes them. A matrix's input and output axes are split over `fsdp` and `tensor`, an expert
+    axis (the last of several s, or the s of a path with "expert") over `expert`; a stack of layers is never split,
+    nor is an axis whose size the mesh does not divide.
+    min_size: leaves with fewer elements are replicated: gathering them would cost more than keeping them.
+    """
+
+    def at(keys: Any, leaf: Any) -> Any:
+        path = path_of(keys)
+        if is_adapter(leaf):
+            return adapter_specs(leaf, path, layouts, mesh, min_size)
+        small = math.prod(leaf.shape) < min_size
+        spec = PartitionSpec() if small else weight_spec(path, tuple(leaf.shape), layouts, mesh)
+        if not is_implicit(leaf):
+            return spec
+        return leaf.shard_specs(spec) or jax.tree.map(lambda _: PartitionSpec(), leaf)
+
+    return jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda x: is_adapter(x) or is_implicit(x))
+
+
+def letters(path: str, ndim: int, layouts: Mapping[str, Any] | None) -> str:
+    """One letter an axis; "" for a leaf that is no matrix."""
+    said = known(path, layouts)
+    found = str(getattr(said, "letters", said or ""))
+    if len(found) == ndim:
+        return found
+    if ndim == 2 and said is None:
+        return "oi" if path.endswith("/weight") and not EMBEDDING.search(path) else "io"
+    return ""
+
+
+def weight_spec(path: str, shape: tuple[int, ...], layouts: Mapping[str, Any] | None, mesh: Mesh) -> PartitionSpec:
+    """The spec of one weight; axes that cannot be split evenly are left whole."""
+    layout = letters(path, len(shape), layouts)
+    if not {"i", "o"} <= set(layout):
+        return PartitionSpec()
+    spec: list[str | None] = [None] * len(shape)
+
+    def split(name: str, candidates: Sequence[int]) -> None:
+        for ax in sorted(candidates, key=lambda ax: -shape[ax]):
+            if mesh.shape[name] > 1 and spec[ax] is None and shape[ax] % mesh.shape[name] == 0:
+                spec[ax] = name
+                return
+
+    stack, i_axes, o_axes = ([ax for ax, x in enumerate(layout) if x == letter] for letter in "sio")
+    if len(stack) > 1 or (stack and "expert" in path):
+        split("expert", stack[-1:])
+    # an embedding is split along its vocabulary, as the head is
+    first, second = (i_axes, o_axes) if ROWS.search(path) or EMBEDDING.search(path) else (o_axes, i_axes)
+    split("tensor", first)
+    split("fsdp", second if any(spec[ax] is None for ax in second) else first)
+    return PartitionSpec(*spec)
+
+
+def adapter_specs(entry: Any, path: str, layouts: Mapping[str, Any] | None, mesh: Mesh, min_size: int) -> Any:
+    """The adapter with a spec for each of its arrays: LoRA's factors follow their weight, what is small is replicated."""
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, LoraFactors):
+            return PartitionSpec()
+        shape = weight_shape(node)
+        leaf = node.attach(jax.ShapeDtypeStruct(shape, jnp.float32), path)
+        followed = leaf.shard_specs(weight_spec(path, shape, {path: node.layout}, mesh))
+        pair = {"lora_a": followed.lora_a, "lora_b": followed.lora_b}
+        kept = {n: s if math.prod(getattr(node, n).shape) >= min_size else PartitionSpec() for n, s in pair.items()}
+        return dataclasses.replace(node, **kept)
+
+    return jax.tree.map(of, entry, is_leaf=lambda x: isinstance(x, LoraFactors))
+
+
+def weight_shape(factors: LoraFactors) -> tuple[int, ...]:
+    """The shape of the weight that the factors are for."""
+    stacked = factors.layout.count("s")
+    sizes = {
+        "s": iter(factors.lora_a.shape[:stacked]),
+        "i": iter(factors.lora_a.shape[stacked:-1]),
+        "o": iter(factors.lora_b.shape[stacked + 1 :]),
+    }
+    return tuple(next(sizes[letter]) for letter in factors.layout)
+
+
+def like(state: Any, trained: Any, trained_specs: Any) -> Any:
+    """Specs of an optimiser's state: arrays that mirror a trained leaf (same path and shape) follow it."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in paths(trained).items()}
+    wanted = paths(trained_specs)
+
+    def at(keys: Any, leaf: Any) -> PartitionSpec:
+        path = path_of(keys)
+        for own, shape in shapes.items():
+            if tuple(leaf.shape) == shape and (path == own or path.endswith("/" + own)):
+                return wanted[own]
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(at, state)
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """`tree` with each array laid out as its spec says; `ShapeDtypeStruct`s get the sharding. With several processes
+    every one gives the whole value and keeps its own part."""
+
+    def at(leaf: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(at, tree, specs)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch's rows."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A batch of `data.collate` with a leading axis of `batch_shards(mesh)` parts: tokens and mask [n, b/n, s], and
+    positions, labels and weights [n, l'] whose positions count within the part.
+
+    A global position would send every hidden state to every device. Raises ValueError if the rows do not divide.
+    """
+    n = batch_shards(mesh)
+    rows, length = batch["tokens"].shape
+    if rows % n:
+        raise ValueError(f"a batch of {rows} rows does not split into {n} ({dict(mesh.shape)}): use a multiple")
+    per = rows // n
+    owner = np.asarray(batch["positions"]) // (per * length)
+    used = np.asarray(batch["weights"]) != 0
+    size = max(1, max(int(np.sum(used & (owner == part))) for part in range(n)))
+    size = -(-size // 8) * 8  # a few shapes, so a few compilations
+    out: dict[str, Any] = {name: np.reshape(batch[name], (n, per, length)) for name in ("tokens", "mask")}
+    for name in ("positions", "labels", "weights"):
+        out[name] = np.zeros((n, size), batch[name].dtype)
+        for part in range(n):
+            chosen = np.asarray(batch[name])[used & (owner == part)]
+            out[name][part, : len(chosen)] = chosen - (part * per * length if name == "positions" else 0)
+    return out
+
+
+def batch_specs(batch: Any) -> Any:
+    """Specs of a `split_batch`: parts over data and fsdp, the tokens of a row over sequence."""
+    return {
+        name: PartitionSpec(BATCH, None, "sequence") if len(array.shape) == 3 else PartitionSpec(BATCH)
+        for name, array in batch.items()
+    }
+
+
+def over_batch(sums_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`sums_fn(trained, frozen, batch, key)` for a `split_batch`: each part on its own devices, the sums added.
+
+    Hidden states are held to their batch part (in Flax modules), so that weights are gathered and never activations.
+    With a key each part draws its own dropout.
+    """
+    n = batch_shards(mesh)
+
+    def sharded(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        def part(batch: Any, key: Any) -> Any:
+            with constrained(mesh):
+                return sums_fn(trained, frozen, batch, key)
+
+        keys = None if key is None else jax.random.split(key, n)
+        parts = jax.vmap(part, in_axes=(0, None if keys is None else 0), spmd_axis_name=BATCH)(batch, keys)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+
+    return sharded
+
+
+def constrained(mesh: Mesh) -> Any:
+    """A context in which the outputs [b, s, d] of Flax modules other than `Dense` have s over sequence and d whole."""
+    import flax.linen as nn
+
+    def at(x: Any) -> Any:
+        if not hasattr(x, "ndim") or x.ndim != 3 or x.shape[1] % mesh.shape["sequence"]:
+            return x
+        spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, "sequence", None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__" and not isinstance(context.module, nn.Dense):
+            return jax.tree.map(at, out)
+        return out
+
+    return nn.intercept_methods(intercept)

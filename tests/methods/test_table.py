@@ -1,0 +1,94 @@
+"""One table runs every method: start equals base, gradients and optimiser state only for what trains, merges, dtypes."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toys import KEY, TOKENS, encoder, jitter, llama, stacks
+
+import jlora
+from jlora.methods import bitfit, dora, full, ia3
+from jlora.tree import size
+
+# name: (make, tolerance of the start, whether it merges)
+METHODS = {
+    "lora": (lambda p: jlora.lorafy(p, 2, key=KEY, layouts=stacks(p)), 2e-6, True),
+    "dora": (lambda p: dora.make(p, 2, key=KEY, layouts=stacks(p)), 1e-5, True),
+    "dora, pissa": (lambda p: dora.make(p, 2, key=KEY, layouts=stacks(p), init="pissa"), 1e-4, True),
+    "ia3": (lambda p: ia3.make(p), 2e-6, True),
+    "full": (lambda p: full.make(p), 2e-6, True),
+    "top 2": (lambda p: full.top(p, 2), 2e-6, True),
+    "norms": (lambda p: bitfit.norms(p), 2e-6, True),
+    "bitfit": (lambda p: bitfit.make(p), 2e-6, True),
+}
+MODELS = {"encoder": encoder, "llama": llama}
+CASES = [
+    pytest.param(method, model, scan, id=f"{method}-{model}-{'scan' if scan else 'loop'}")
+    for method in METHODS
+    for model in MODELS
+    for scan in (True, False)
+    if (method, model) not in {("bitfit", "llama")}
+]
+
+
+def close(got, want, tol):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tol * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("method, model, scan", CASES)
+def test_properties(method, model, scan):
+    make, start_tol, merges = METHODS[method]
+    apply, params = MODELS[model](scan)
+    frozen, trained = make(params)
+    lifted = jax.jit(jlora.lift(apply, strict=True))
+    compiled = []
+
+    def loss(trained, frozen):
+        compiled.append(1)
+        return jnp.sum(jlora.lift(apply, strict=True)(jlora.combine(frozen, trained), TOKENS) ** 2)
+
+    base = jax.jit(apply)(params, TOKENS)
+    close(lifted(jlora.combine(frozen, trained), TOKENS), base, start_tol)
+
+    # what trains has gradients, in its own shape; nothing trains twice and some of it moves the loss
+    grad_of = jax.jit(jax.grad(loss))
+    grads = grad_of(trained, frozen)
+    assert jax.tree.structure(grads) == jax.tree.structure(trained)
+    assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert any(jnp.abs(g).max() > 1e-4 for g in jax.tree.leaves(grads))
+    tx = optax.adam(0.1)
+    state = tx.init(trained)
+    assert size(state[0].mu) == size(trained)
+    before = jax.tree.map(lambda x: np.array(x), frozen)
+    updates, state = tx.update(grads, state)
+    trained = optax.apply_updates(trained, updates)
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    grad_of(trained, frozen)
+    assert len(compiled) == 1, "compiled again for the second step"
+
+    moved = jitter(trained, 0.1)
+    tuned = lifted(jlora.combine(frozen, moved), TOKENS)
+    assert jnp.abs(tuned - base).max() > 1e-2
+    if merges:
+        merged = jlora.merge(frozen, moved)
+        assert jax.tree.structure(merged) == jax.tree.structure(params)
+        jax.tree.map(lambda m, p: np.testing.assert_equal((m.shape, m.dtype), (p.shape, p.dtype)), merged, params)
+        close(jax.jit(apply)(merged, TOKENS), tuned, 2e-5)
+    table = jlora.summary(frozen, moved)
+    assert f"{size(trained):,} of" in table
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_stays(method):
+    make, _, merges = METHODS[method]
+    apply, params = encoder(True, jnp.bfloat16)
+    frozen, trained = make(params)
+    if merges:
+        assert {x.dtype for x in jax.tree.leaves(jlora.merge(frozen, trained))} == {jnp.dtype(jnp.bfloat16)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = jlora.lift(apply)(jlora.combine(frozen, trained), TOKENS)
+    assert out.dtype == apply(params, TOKENS).dtype

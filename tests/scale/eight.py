@@ -1,0 +1,100 @@
+"""Run by test_sharding.py in a process of its own with eight simulated devices: prints one JSON object a mesh."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jlora
+from jlora import sharding
+from jlora.collectives import collectives
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.train import answer_sums, init_state, make_train_step
+
+CONFIG = LlamaConfig(96, 32, 64, 3, 4, 2, 8)
+LAYOUTS = {"layers/.*kernel": "sio"}
+ROWS, LENGTH = 16, 12
+
+
+def batches(count):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        size = ROWS * 3
+        positions = np.concatenate([n * LENGTH + np.sort(rng.choice(LENGTH, 3, replace=False)) for n in range(ROWS)])
+        yield {
+            "tokens": rng.integers(0, 96, (ROWS, LENGTH)).astype(np.int32),
+            "mask": np.ones((ROWS, LENGTH), bool),
+            "positions": positions.astype(np.int32),
+            "labels": rng.integers(0, 96, size).astype(np.int32),
+            "weights": (np.arange(size) % 7 != 0).astype(np.float32),
+        }
+
+
+def setting():
+    model = Llama(CONFIG, remat=True)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    frozen, lora = jlora.lorafy(params, 4, layouts=LAYOUTS, key=jax.random.key(1))
+    lifted = jlora.lift(answer_sums(model), strict=True)
+    return frozen, lora, lambda trained, frozen, batch, key: lifted(jlora.combine(frozen, trained), batch)
+
+
+def alone(steps):
+    """(losses, adapter) of one device."""
+    frozen, lora, sums = setting()
+    tx = optax.adamw(1e-2)
+    step, state = make_train_step(sums, tx), init_state(lora, tx)
+    losses = []
+    for batch in batches(steps):
+        state, (got, _) = step(state, frozen, batch)
+        losses.append(float(got.loss))
+    return losses, jax.device_get(state.trained)
+
+
+def sharded(text, steps, min_size=0):
+    """(losses, adapter, collectives of the step, how the leaves lie)."""
+    mesh = sharding.make_mesh(text)
+    frozen, lora, sums = setting()
+    tx = optax.adamw(1e-2)
+    state = init_state(lora, tx)
+    spec = sharding.specs(lora, LAYOUTS, mesh, min_size=min_size)
+    at = state._replace(
+        trained=spec, opt_state=sharding.like(state.opt_state, lora, spec), step=jax.sharding.PartitionSpec()
+    )
+    frozen_spec = sharding.specs(frozen, LAYOUTS, mesh, min_size=min_size)
+    frozen = sharding.place(frozen, frozen_spec, mesh)
+    state = sharding.place(state, at, mesh)
+    step = make_train_step(sharding.over_batch(sums, mesh), tx)
+    losses, text = [], ""
+    for batch in batches(steps):
+        parts = sharding.split_batch(batch, mesh)
+        parts = sharding.place(parts, sharding.batch_specs(parts), mesh)
+        text = text or step.lower(state, frozen, parts).compile().as_text()
+        state, (got, _) = step(state, frozen, parts)
+        losses.append(float(got.loss))
+    return losses, state, collectives(text), jax.tree.map(str, jlora.tree.paths(frozen_spec))
+
+
+def main():
+    steps = 3
+    losses, adapter = alone(steps)
+    for text in sys.argv[1:]:
+        name, _, small = text.partition("/")
+        mine, state, moved, spec = sharded(name, steps, int(small or 0))
+        pairs = zip(jax.tree.leaves(adapter), jax.tree.leaves(jax.device_get(state.trained)), strict=True)
+        report = {
+            "mesh": text,
+            "losses": float(np.max(np.abs(np.subtract(losses, mine) / losses))),
+            "adapter": max(float(np.max(np.abs(a - b))) for a, b in pairs),
+            "adapter_bytes": jlora.tree.nbytes(adapter),
+            "collectives": [[c.kind, list(c.dtypes), c.total, c.known, c.where] for c in moved],
+            "specs": spec,
+            "state_split": any(x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(state.opt_state)),
+        }
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

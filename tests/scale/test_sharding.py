@@ -1,0 +1,140 @@
+"""Eight simulated devices against one: losses, adapters, what crosses the wires."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import sharding
+from jlora.collectives import by_kind, collectives
+from jlora.leaves import LoraLeaf
+
+MESHES = ["data=8/1000000", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "tensor=2,sequence=2,data=2"]
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """One report a mesh; "/SIZE" after a mesh is `min_size`."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.scale.eight", *MESHES],
+        env=env,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {report["mesh"]: report for report in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_same_losses_and_adapter_as_one_device(eight, mesh):
+    assert eight[mesh]["losses"] < 1e-5
+    assert eight[mesh]["adapter"] < 1e-5
+
+
+def test_a_data_parallel_step_moves_the_adapter_and_nothing_else(eight):
+    report = eight[MESHES[0]]
+    moved = {}
+    for kind, dtypes, total, known, _ in report["collectives"]:
+        assert known and dtypes == ["f32"]
+        moved[kind] = moved.get(kind, 0) + total
+    sums = 6 * 4  # `Sums`: six f32
+    assert moved == {"all-reduce": report["adapter_bytes"] + sums}
+
+
+def test_fsdp_splits_weights_and_state_and_gathers_no_activation(eight):
+    report = eight["fsdp=8"]
+    assert report["specs"]["layers/self_attn/q_proj/kernel"] == str(P(None, "fsdp", None))
+    assert report["state_split"]
+    in_layers = [one for one in report["collectives"] if "/while/" in one[4]]
+    assert {"all-gather"} <= {one[0] for one in in_layers}
+    assert not [one for one in in_layers if one[0] in ("all-to-all", "collective-permute")]
+
+
+def test_tensor_axes_follow_the_block(eight):
+    specs = eight["fsdp=4,tensor=2"]["specs"]
+    assert specs["layers/mlp/up_proj/kernel"] == str(P(None, "fsdp", "tensor"))
+    assert specs["layers/mlp/down_proj/kernel"] == str(P(None, "tensor", "fsdp"))
+    assert specs["embed_tokens/embedding"] == str(P("tensor", "fsdp"))
+    assert specs["norm/scale"] == str(P())
+
+
+def mesh_of(**sizes):
+    return jax.sharding.AbstractMesh(
+        tuple(sizes.get(name, 1) for name in sharding.AXES),
+        sharding.AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+    )
+
+
+def test_a_mesh_is_one_line_and_says_what_does_not_fit():
+    mesh = sharding.make_mesh("fsdp=-1", jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1}
+    with pytest.raises(ValueError, match="the product must be that"):
+        sharding.make_mesh("fsdp=4,tensor=2", jax.devices()[:1])
+    with pytest.raises(ValueError, match="'model=2' is not AXIS=SIZE"):
+        sharding.make_mesh("model=2")
+
+
+def test_factors_follow_their_weight_and_small_ones_are_replicated():
+    params = {"layers": {"q_proj": {"kernel": jnp.zeros((2, 64, 32))}}}
+    _, lora = jlora.lorafy(params, 4, layouts={"kernel": "sio"})
+    mesh = mesh_of(fsdp=4, tensor=2)
+    node = sharding.specs(lora, None, mesh, min_size=0)["layers"]["q_proj"]["kernel"]
+    assert (node.lora_a, node.lora_b) == (P(None, "fsdp", None), P(None, None, "tensor"))
+    node = sharding.specs(lora, None, mesh, min_size=400)["layers"]["q_proj"]["kernel"]
+    assert (node.lora_a, node.lora_b) == (P(None, "fsdp", None), P())
+
+
+def test_letters_alone_decide_for_a_model_of_somebody_else():
+    params = {"w": jnp.zeros((6, 64, 8)), "experts": jnp.zeros((4, 64, 64)), "odd": jnp.zeros((9, 7))}
+    got = sharding.specs(params, {"w": "osi", "experts": "soi"}, mesh_of(fsdp=2, expert=4), min_size=0)
+    assert got["w"] == P(None, None, "fsdp")
+    assert got["experts"] == P("expert", None, "fsdp")
+    assert got["odd"] == P(None, None)
+
+
+def test_a_lora_leaf_in_the_tree_gets_specs_for_its_parts():
+    params = {"kernel": jnp.zeros((64, 32))}
+    tree = jlora.combine(*jlora.lorafy(params, 2))
+    leaf = sharding.specs(tree, None, mesh_of(fsdp=2), min_size=0)["kernel"]
+    assert isinstance(leaf, LoraLeaf) and leaf.w == P("fsdp", None) and leaf.lora_a == P("fsdp", None)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    batch = {"tokens": jnp.zeros((6, 4), jnp.int32)}
+    with pytest.raises(ValueError, match="a batch of 6 rows does not split into 4"):
+        sharding.split_batch(batch, mesh_of(fsdp=4))
+
+
+TEXT = """HloModule m
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %g = f32[8,4]{1,0} all-gather(%x), dimensions={0}, metadata={op_name="in/loop"}
+  %h = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%y), dimensions={0}
+  %d = bf16[8,4]{1,0} all-gather-done(%h)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %r = (f32[4]{0}, pred[3]{0}) all-reduce(%a, %b), to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_through_loops():
+    found = collectives(TEXT)
+    assert by_kind(found) == {"all-gather": 5 * (8 * 4 * 4 + 8 * 4 * 2), "all-reduce": 4 * 4 + 3}
+    assert [one.times for one in found] == [5, 5, 1]
+    assert found[0].where == "in/loop"
