@@ -38,7 +38,7 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     devices: all of `jax.devices()` if not given. Raises ValueError for an unknown axis or sizes that do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in filter(None, (text or "data=-1").replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
@@ -110,7 +110,7 @@ def weight_spec(path: str, shape: tuple[int, ...], layouts: Mapping[str, Any] | 
 
 
 def adapter_specs(entry: Any, path: str, layouts: Mapping[str, Any] | None, mesh: Mesh, min_size: int) -> Any:
-    """The adapter with a spec for each of its arrays: LoRA's factors follow their weight, what is small is replicated."""
+    """The adapter with a spec for each of its arrays: LoRA's factors follow their weight, the rest is replicated."""
 
     def of(node: Any) -> Any:
         if not isinstance(node, LoraFactors):
@@ -185,7 +185,7 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     per = rows // n
     owner = np.asarray(batch["positions"]) // (per * length)
     used = np.asarray(batch["weights"]) != 0
-    size = max(1, max(int(np.sum(used & (owner == part))) for part in range(n)))
+    size = max(1, *(int(np.sum(used & (owner == part))) for part in range(n)))
     size = -(-size // 8) * 8  # a few shapes, so a few compilations
     out: dict[str, Any] = {name: np.reshape(batch[name], (n, per, length)) for name in ("tokens", "mask")}
     for name in ("positions", "labels", "weights"):
