@@ -114,13 +114,21 @@ def load_peft(
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong[:6])}{more}")
+    return *planted(params, parts, full, dtype), config
+
+
+def planted(
+    params: Any, parts: dict[str, list[Part]], full: dict[str, list[tuple[HFTensor, np.ndarray]]], dtype: Any
+) -> tuple[Any, Any]:
+    """(frozen, lora) from what a file holds of each leaf: factors of its modules, or whole values."""
+    leaves = paths(params)
     made: dict[str, Any] = {path: entry_of(leaves[path], found, dtype) for path, found in parts.items()}
     # PEFT writes an adapted embedding's own weight beside its factors: that is a base, not trained
     bases = {path: whole_of(leaves[path], full.pop(path), leaves[path].dtype) for path in set(full) & set(made)}
     made |= {path: whole_of(leaves[path], found, dtype) for path, found in full.items()}
     tree = lambda pick: jax.tree_util.tree_map_with_path(lambda keys, leaf: pick(path_of(keys), leaf), params)
     lora = tree(lambda path, leaf: made.get(path))
-    return tree(lambda path, leaf: None if path in full else bases.get(path, leaf)), lora, config
+    return tree(lambda path, leaf: None if path in full else bases.get(path, leaf)), lora
 
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
