@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
+CYCLES = re.compile(r'estimated_cycles"?:\s*"(\d+)"')
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -39,45 +41,53 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives in a compiled program's text (`compiled.as_text()`), loop bodies multiplied out."""
-    bodies, entry = computations(text)
     found: list[Collective] = []
+    for shape, opcode, rest, times, known in instructions(text):
+        kind = opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        arrays = ARRAY.findall(shape)
+        if opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
+            arrays = arrays[1:2]  # (operand, result, ...)
+        place = OP_NAME.search(rest)
+        size = sum(int(itemsize(dtype) * volume(dims)) for dtype, dims in arrays)
+        dtypes = tuple(sorted({dtype for dtype, _ in arrays}))
+        found.append(Collective(kind, dtypes, size, times, known, place[1] if place else ""))
+    return found
 
-    def walk(name: str, times: int, known: bool) -> None:
+
+def cycles(text: str) -> int:
+    """The TPU compiler's own `estimated_cycles`, summed over a step; 0 where a backend writes none."""
+    total = 0
+    for _, _, rest, times, _ in instructions(text, fused=False):
+        found = CYCLES.search(rest)
+        total += int(found[1]) * times if found else 0
+    return total
+
+
+def instructions(text: str, fused: bool = True) -> Iterator[tuple[str, str, str, int, bool]]:
+    """(shape, opcode, the rest of the line, how often a step runs it, whether that is known) for each instruction.
+
+    fused: enter what fusions and reducers call, too.
+    """
+    bodies, entry = computations(text)
+    stack = [(entry, 1, True)]
+    while stack:
+        name, times, known = stack.pop()
         for line in bodies.get(name, ()):
             match = INSTRUCTION.match(line)
             if match is None:
                 continue
             shape, opcode, rest = match.groups()
-            kind = opcode.removesuffix("-start")
-            if kind in KINDS:
-                arrays = ARRAY.findall(shape)
-                if opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
-                    arrays = arrays[len(arrays) // 2 :][: max(1, len(arrays) // 2)]  # (operands, results, ...)
-                place = OP_NAME.search(rest)
-                found.append(
-                    Collective(
-                        kind,
-                        tuple(sorted({dtype for dtype, _ in arrays})),
-                        sum(itemsize(dtype) * volume(dims) for dtype, dims in arrays),
-                        times,
-                        known,
-                        place[1] if place else "",
-                    )
-                )
+            yield shape, opcode, rest, times, known
+            if not fused and opcode not in ("while", "conditional", "call"):
                 continue
             inner = CALLED.findall(rest)
             for group in BRANCHES.findall(rest):
                 inner += re.findall(r"[\w.\-]+", group)
             trips = TRIPS.search(rest) if opcode == "while" else None
-            for child in inner:
-                walk(
-                    child,
-                    times * (int(trips[1]) if trips else 1),
-                    known and (opcode != "while" or trips is not None),
-                )
-
-    walk(entry, 1, True)
-    return found
+            runs = times * (int(trips[1]) if trips else 1)
+            stack += [(child, runs, known and (opcode != "while" or trips is not None)) for child in inner]
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -88,6 +88,35 @@ def test_eval_and_merge(trained, place, tmp_path, capsys):
     assert code == 1 and "exists and is not empty" in err
 
 
+def test_export_to_gguf_is_what_llama_cpp_adds(trained, place, tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    path, adapter = tmp_path / "adapter.gguf", str(trained / "adapter")
+    code, _, err = run(
+        capsys, "export", "--to", "gguf", "--model", place["model"], "--adapter", adapter, "--output", str(path)
+    )
+    assert code == 0, err
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.type"].contents() == "adapter"
+    scaling = reader.fields["adapter.lora.alpha"].contents() / 8
+    held = {tensor.name: tensor.data for tensor in reader.tensors}
+    base = load(place["model"])
+    _, lora, _ = load_adapter(base, adapter)
+    entry = lora["layers"]["self_attn"]["q_proj"]["kernel"]
+    delta = np.asarray(entry.lora_a[1] @ entry.lora_b[1]).T * entry.scaling
+    # llama.cpp's order of rows: the two halves of each rotary head, interleaved
+    want = delta.reshape(4, 2, 4, -1).swapaxes(1, 2).reshape(delta.shape)
+    got = scaling * held["blk.1.attn_q.weight.lora_b"] @ held["blk.1.attn_q.weight.lora_a"]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert len(held) == 2 * 7 * 2
+
+
+def test_training_goes_on_from_an_adapter(trained, place, tmp_path, capsys):
+    args = ["train", "--json", "--model", place["model"], "--data", place["data"], "--held-out", "12", "--steps", "2"]
+    code, out, err = run(capsys, *args, "--output", str(tmp_path / "on"), "--adapter", str(trained / "adapter"))
+    assert code == 0, err
+    assert json.loads(out)["before"]["exact"] > 0.99
+
+
 def test_generate_with_and_without_the_adapter(trained, place, capsys, monkeypatch):
     prompt, adapter = "Review : awful film Sentiment :", str(trained / "adapter")
     code, out, err = run(capsys, "generate", "--model", place["model"], "--adapter", adapter, "--raw", prompt)

@@ -36,6 +36,8 @@ class TrainConfig:
     """Tokens; longer examples are cut on the left, and counted."""
     buckets: int = 4
     """Padded lengths, so compiled shapes."""
+    adapter: str | None = None
+    """Go on from this adapter (a folder in PEFT's format); rank, alpha, targets and init are then its own."""
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("all-linear",)

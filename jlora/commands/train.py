@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jlora.commands.settings import TrainConfig, check, run_identity, save_setti
 from jlora.data import BatchSource, Example, Row, bucket_lengths, read_rows, split_rows, tokenise_rows
 from jlora.generate import GenerateConfig, generate_text
 from jlora.io import Pretrained, load
+from jlora.io.adapters import load_peft, read_config
 from jlora.io.peft import save_peft
 from jlora.train import (
     Checkpoints,
@@ -49,10 +51,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     base = load(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat, weights=not config.dry_run)
     examples = tokens_of(train_rows, base, config, config.data)
     tests = tokens_of(test_rows, base, config, config.eval_data or "held out") if test_rows else []
-    lora_config = lora_settings(config)
-    make = lambda params: jlora.lorafy(
-        params, config=lora_config, key=jax.random.key(config.seed), layouts=base.layouts
-    )
+    lora_config, make = made_by(config, base)
     if config.dry_run:
         return describe(config, base, make, examples, tests)
     out = Path(config.output)
@@ -61,7 +60,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     frozen, lora = make(base.params)
     say(jlora.summary(frozen, lora))
     report = run(config, base, frozen, lora, examples, tests, test_rows)
-    adapter = save_peft(out / "adapter", report.pop("trained"), lora_config, base.tensors, base.source)
+    card = {"data": config.data, "steps": report["step"]}
+    if "after" in report:
+        card |= {f"held-out {name}": f"{report['after'][name]:.4g}" for name in ("loss", "exact")}
+    trained = report.pop("trained")
+    adapter = save_peft(out / "adapter", trained, lora_config, base.tensors, base.source, card=card)
     report["adapter"] = str(adapter)
     metrics = Metrics(out / "metrics.jsonl", resume_at=report["step"]).read()
     try:
@@ -151,6 +154,15 @@ def run(
     for sample in report["samples"]:
         say("{prompt!r}\n  before {before!r}\n  after  {after!r} (want {want!r})".format(**sample))
     return {**report, "step": int(state.step), "trained": state.trained}
+
+
+def made_by(config: TrainConfig, base: Pretrained) -> tuple[jlora.LoraConfig, Callable[[Any], tuple[Any, Any]]]:
+    """(the adapter's settings, params -> (frozen, lora)): a fresh adapter, or the one to go on from."""
+    if config.adapter:
+        folder = config.adapter
+        return read_config(folder), lambda params: load_peft(folder, params, base.tensors)[:2]
+    settings, key = lora_settings(config), jax.random.key(config.seed)
+    return settings, lambda params: jlora.lorafy(params, config=settings, key=key, layouts=base.layouts)
 
 
 def lora_settings(config: TrainConfig) -> jlora.LoraConfig:

@@ -1,0 +1,145 @@
+"""What a plan is about: the run's trees as shapes, placed on a mesh. No weight is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jlora
+from jlora import sharding
+from jlora.models import family
+from jlora.plan.known import config_of, topology
+from jlora.train import TrainState, answer_sums, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Say what a run needs before it is paid for: parameters, bytes a device, FLOPs, whether it fits.
+
+    `model`: a known name, or a folder with config.json; `topology`: v5e:2x4, v5p:2x2x1, h100:8 ...
+    """
+
+    model: str = "llama-3-8b"
+    topology: str = "v5e:2x4"
+    method: Literal["lora", "merged", "full", "qlora"] = "lora"
+    """merged: LoRA that writes W + A·B out each step; qlora: the base in 4 bits (by formula only)."""
+    rank: int = 16
+    targets: tuple[str, ...] = ("all-linear",)
+    batch: int = 8
+    """Examples a step, over all devices."""
+    seq: int = 2048
+    """Tokens an example; all of them carry the loss."""
+    mesh: str = "fsdp=-1"
+    dtype: str = "bfloat16"
+    """Of the base and the computation; full fine-tuning trains in it."""
+    remat: Literal["full", "dots", "none"] = "full"
+    chunk: int = 512
+    """Labels whose logits are alive at once."""
+    compile: bool = False
+    """Ask the TPU compiler, if libtpu is installed: nothing runs, no TPU is needed."""
+    compare: tuple[str, ...] = ()
+    """Other methods to put beside this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Trees of `ShapeDtypeStruct`s with the specs of each, and the functions over them."""
+
+    config: Any
+    model: Any
+    mesh: Any
+    frozen: Any
+    frozen_specs: Any
+    state: TrainState
+    state_specs: TrainState
+    batch: dict[str, Any]
+    step: Any
+
+
+def setting(plan: PlanConfig, devices: Any = None) -> Setting:
+    """The run that `plan` describes. devices: of the topology, to compile for; without them the mesh is abstract.
+
+    Raises ValueError for unknown names, rows that do not divide, or targets that match nothing.
+    """
+    where = topology(plan.topology)
+    mesh = mesh_of(plan.mesh, where.devices) if devices is None else sharding.make_mesh(plan.mesh, devices)
+    config = config_of(plan.model)
+    kind, dtype = family(config.model_type), jnp.dtype(plan.dtype)
+    remat = {"full": True, "dots": "dots", "none": False}[plan.remat]
+    model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=True, remat=remat)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    layouts = {t.path: "sio" for t in kind.hf_tensors(config) if t.layer is not None and t.path.endswith("/kernel")}
+    if plan.method == "full":
+        frozen, trained = jax.tree.map(lambda _: None, params), params
+    else:
+        targets = plan.targets[0] if len(plan.targets) == 1 else list(plan.targets)
+        frozen, trained = jax.eval_shape(lambda p: jlora.lorafy(p, plan.rank, targets=targets, layouts=layouts), params)
+    tx = optax.adamw(1e-4)
+    state = jax.eval_shape(lambda t: TrainState(t, tx.init(t), jnp.zeros((), jnp.int32)), trained)
+    trained_specs = sharding.specs(trained, layouts, mesh)
+    opt_specs = sharding.like(state.opt_state, trained, trained_specs)
+    state_specs = TrainState(trained_specs, opt_specs, jax.sharding.PartitionSpec())
+    sums = sums_of(plan, answer_sums(model, plan.chunk))
+    return Setting(
+        config,
+        model,
+        mesh,
+        frozen,
+        sharding.specs(frozen, layouts, mesh),
+        state,
+        state_specs,
+        batch_of(plan, mesh),
+        make_train_step(sharding.over_batch(sums, mesh), tx),
+    )
+
+
+def sums_of(plan: PlanConfig, sums: Any) -> Any:
+    """f(trained, frozen, batch, key) of the method."""
+    lifted = jlora.lift(sums, strict=True)
+
+    def lora(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return lifted(jlora.combine(frozen, trained), batch)
+
+    def merged(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return sums(jlora.merge(frozen, trained), batch)
+
+    def full(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return sums(trained, batch)
+
+    return {"lora": lora, "qlora": lora, "merged": merged, "full": full}[plan.method]
+
+
+def mesh_of(text: str, count: int) -> Any:
+    """The mesh with its sizes and no devices."""
+    named = dict(part.split("=") for part in text.replace(" ", "").split(",") if part.count("=") == 1)
+    rest = 1
+    for size in named.values():
+        rest *= int(size) if size.isdigit() else 1
+    sizes = {name: count // rest if size == "-1" else int(size) for name, size in named.items() if size != ""}
+    unknown = set(sizes) - set(sharding.AXES)
+    total = 1
+    for size in sizes.values():
+        total *= size
+    if unknown or total != count:
+        raise ValueError(f"mesh {text!r} does not make {count} devices of the axes {', '.join(sharding.AXES)}")
+    shape = tuple(sizes.get(name, 1) for name in sharding.AXES)
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.sharding.AbstractMesh(shape, sharding.AXES, axis_types=kinds)
+
+
+def batch_of(plan: PlanConfig, mesh: Any) -> dict[str, Any]:
+    """A `split_batch` as shapes, every token labelled."""
+    n = sharding.batch_shards(mesh)
+    if plan.batch % n:
+        raise ValueError(f"a batch of {plan.batch} does not split into {n} (mesh {plan.mesh!r}): use a multiple of {n}")
+    rows = plan.batch // n
+    kinds = {"positions": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
+    return {
+        "tokens": jax.ShapeDtypeStruct((n, rows, plan.seq), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((n, rows, plan.seq), jnp.bool_),
+        **{name: jax.ShapeDtypeStruct((n, rows * plan.seq), kind) for name, kind in kinds.items()},
+    }

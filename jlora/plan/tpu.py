@@ -1,0 +1,112 @@
+"""The real TPU compiler, asked without a TPU: `jax.experimental.topologies` and libtpu.
+
+Only one process at a time may hold libtpu, and JAX must not have started another backend first: a child process
+compiles, and its parent reads one JSON object from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+from jlora.collectives import by_kind, collectives, cycles
+from jlora.plan.known import topology
+from jlora.plan.setting import PlanConfig, setting
+
+
+def available() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_for(plan: PlanConfig, timeout: float = 1800) -> dict[str, Any]:
+    """What the compiler says of one training step: {arguments, temporaries, outputs, aliased, code, peak (bytes a
+    device), flops, estimated_cycles, collectives (bytes a step by kind), seconds}.
+
+    Raises ImportError without libtpu; ValueError for a GPU, QLoRA, or a program the compiler refuses, such as one
+    that does not fit (its own words in the error).
+    """
+    if not topology(plan.topology).compiler:
+        raise ValueError(f"{plan.topology} is no TPU: GPUs are planned by formula")
+    if plan.method == "qlora":
+        raise ValueError("qlora is planned by formula: its 4-bit kernels are not compiled here")
+    if not available():
+        raise ImportError('compiling for a TPU needs libtpu: pip install "jlora[tpu]"')
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+    env.update({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"})
+    done = subprocess.run(
+        [sys.executable, "-m", "jlora.plan.tpu"],
+        input=json.dumps(dataclasses.asdict(plan)),
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise ValueError(f"the compiler for {plan.topology} refused: {reason(done.stderr)}")
+    return json.loads(lines[-1])
+
+
+def reason(text: str) -> str:
+    """The line of a compiler's complaint that says why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if re.search(r"RESOURCE_EXHAUSTED|Ran out of memory|lockfile|Error:", line)]
+    return (told or lines or ["it said nothing"])[-1][:600]
+
+
+def compiled(plan: PlanConfig) -> dict[str, Any]:
+    """`compile_for` in this process."""
+    import time
+
+    from jax.experimental import topologies
+
+    from jlora.sharding import batch_specs, place
+
+    where = topology(plan.topology)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=where.compiler).devices[: where.devices]
+    run = setting(plan, devices)
+    began = time.monotonic()
+    state, frozen, batch = (
+        place(tree, spec, run.mesh)
+        for tree, spec in (
+            (run.state, run.state_specs),
+            (run.frozen, run.frozen_specs),
+            (run.batch, batch_specs(run.batch)),
+        )
+    )
+    program = run.step.lower(state, frozen, batch).compile()
+    memory, text = program.memory_analysis(), program.as_text() or ""
+    if os.environ.get("JLORA_HLO"):
+        with open(os.environ["JLORA_HLO"], "w", encoding="utf-8") as file:
+            file.write(text)
+    held = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    peak = held["arguments"] + held["temporaries"] + held["outputs"] - held["aliased"] + held["code"]
+    return {
+        **held,
+        "peak": peak,
+        "flops_loops_once": (program.cost_analysis() or {}).get("flops"),
+        "estimated_cycles": cycles(text),
+        "collectives": by_kind(collectives(text)),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    for name in ("targets", "compare"):
+        given[name] = tuple(given[name])
+    print(json.dumps(compiled(PlanConfig(**given))))
