@@ -104,3 +104,41 @@ def test_there_and_back(case, tmp_path):
     _, reread, _ = load_peft(tmp_path / "ours", base.params, base.tensors)
     for a, b in zip(jlora.tree.paths(reread).values(), jlora.tree.paths(lora).values(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_adapter_trained_by_peft_goes_on_here_and_back(tmp_path):
+    import jax
+    import optax
+
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    theirs, task = their_model("Llama")
+    theirs.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(task_type=task, target_modules=["q_proj", "v_proj"], r=4))
+    rate = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 1.0)
+    tokens = torch.tensor(TOKENS)
+    for _ in range(5):
+        rate.zero_grad()
+        before = adapted(tokens, labels=tokens).loss
+        before.backward()
+        rate.step()
+    adapted.save_pretrained(tmp_path / "theirs")
+    base = load(str(tmp_path / "base"))
+    frozen, lora, config = load_adapter(base, tmp_path / "theirs")
+    lifted = jlora.lift(lambda p: base.model.apply({"params": p}, jnp.asarray(TOKENS)), strict=True)
+
+    def loss(lora):
+        logits = lifted(jlora.combine(frozen, lora))[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[:, 1:]).mean()
+
+    with torch.no_grad():
+        theirs_now = float(adapted(tokens, labels=tokens).loss)
+    assert abs(float(loss(lora)) - theirs_now) < 1e-5 < abs(theirs_now - float(before))
+    for _ in range(5):
+        lora = jax.tree.map(lambda x, g: x - 1.0 * g, lora, jax.grad(loss)(lora))
+    after = float(loss(lora))
+    assert after < theirs_now - 1e-3
+    save_peft(tmp_path / "ours", lora, config, base.tensors, str(tmp_path / "base"))
+    again = peft.PeftModel.from_pretrained(their_model("Llama")[0], str(tmp_path / "ours"))
+    with torch.no_grad():
+        assert abs(float(again(tokens, labels=tokens).loss) - after) < 1e-5

@@ -82,3 +82,43 @@ def test_the_real_gguf_answers_as_in_transformers():
         close(got, want)
         if text == texts[0]:
             assert loaded.tokenizer.decode([int(got[0, -1].argmax())]) == " Paris"
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="owner/nothing is not in the cache and the Hub cannot be reached"):
+        jlora.io.load("hf://owner/nothing@v1")
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder, Hub id \(owner/name\) or short name"):
+        jlora.io.load("nothing.gguf")
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        jlora.io.load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="model_type 'mamba' is not supported"):
+        jlora.io.load(str(tmp_path))
+
+
+def test_a_cut_file_is_never_half_loaded(tmp_path):
+    from tests.small import small_model
+
+    folder = small_model(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut short or no safetensors"):
+        jlora.io.load(folder)
+
+
+def test_parts_go_to_their_devices(tmp_path):
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from tests.small import small_model
+
+    folder, asked = small_model(tmp_path / "m"), {}
+
+    def sharding(path, shape):
+        asked[path] = shape.shape
+        return SingleDeviceSharding(jax.devices()[0])
+
+    placed, plain = jlora.io.load(folder, sharding=sharding), jlora.io.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, placed.params, plain.params)
+    assert asked["layers/mlp/down_proj/kernel"] == (2, 48, 32)
