@@ -48,7 +48,10 @@ def open_gguf(path: str | Path) -> Any:
     with Path(path).open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
-    return gguf.GGUFReader(path)
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"{path} is cut short or damaged: {error}") from None
 
 
 def metadata(reader: Any) -> Callable[..., Any]:

@@ -1,0 +1,97 @@
+"""GGUF: every quantisation is what the gguf package says it is, in the Hub's order; damaged files are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jlora.io import load
+from jlora.io.gguf import gguf_name
+from jlora.models.llama import LlamaConfig, hf_tensors
+from jlora.tree import paths
+
+gguf = pytest.importorskip("gguf")
+CONFIG = LlamaConfig(8, 256, 256, 2, 4, 2, 64, rms_norm_eps=1e-5, tie_word_embeddings=True)
+WORDS = ["<s>", "</s>", "a", "b", "c", "ab", "<tool>", "Ġ"]
+RNG = np.random.default_rng(0)
+
+
+def write(path, kind, arch="llama"):
+    """A small model whose matrices are of one quantisation; returns the raw arrays by GGUF name."""
+    quant = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(256)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3, 3, 1, 1, 1, 1, 4, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    held = {}
+    sizes = {"k_proj": (128, 256), "v_proj": (128, 256), "embed": (8, 256)}
+    for tensor in hf_tensors(CONFIG):
+        name = gguf_name(tensor.name)
+        shape = (256,) if "norm" in name else next((s for n, s in sizes.items() if n in tensor.name), (256, 256))
+        w = RNG.standard_normal(shape).astype(np.float32)
+        if "norm" in name:
+            held[name] = (w, gguf.GGMLQuantizationType.F32)
+            writer.add_tensor(name, w)
+            continue
+        try:
+            data = gguf.quantize(w, quant)
+        except NotImplementedError:  # the package reads this kind and does not write it: any bytes are some weights
+            block, size = gguf.GGML_QUANT_SIZES[quant]
+            data = RNG.integers(0, 60, (shape[0], shape[1] // block * size), np.uint8)
+        held[name] = (data, quant)
+        writer.add_tensor(name, data, raw_dtype=quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_quantisation(kind, tmp_path):
+    held = write(tmp_path / "m.gguf", kind)
+    base = load(str(tmp_path / "m.gguf"))
+    leaves = paths(base.params)
+    for tensor in base.tensors:
+        data, quant = held[gguf_name(tensor.name)]
+        want = np.asarray(gguf.dequantize(data, quant), np.float32)
+        if tensor.name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp interleaves each head's two halves
+            want = want.reshape(-1, 32, 2, 256).swapaxes(1, 2).reshape(want.shape)
+        got = np.asarray(leaves[tensor.path] if tensor.layer is None else leaves[tensor.path][tensor.layer])
+        np.testing.assert_array_equal(got.T if tensor.transpose else got, want)
+
+
+def test_tokens_of_a_user_are_whole_and_are_shown(tmp_path):
+    write(tmp_path / "m.gguf", "F32")
+    words = load(str(tmp_path / "m.gguf"), weights=False).tokenizer
+    ids = words("ab<tool>c</s>")["input_ids"]
+    assert ids == [5, 6, 4, 1]
+    assert words.decode(ids, skip_special_tokens=True) == "ab<tool>c"
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    write(path, "F32")
+    whole = path.read_bytes()
+    for size in (20, 700, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"m\.gguf is cut short or damaged"):
+            load(str(path))
+    path.write_bytes(b"GGML" + whole[4:])
+    with pytest.raises(ValueError, match="does not begin with the letters GGUF"):
+        load(str(path))
+    write(path, "F32", arch="mamba")
+    with pytest.raises(ValueError, match="GGUF architecture 'mamba' is not supported"):
+        load(str(path))
