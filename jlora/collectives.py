@@ -85,9 +85,21 @@ def instructions(text: str, fused: bool = True) -> Iterator[tuple[str, str, str,
             inner = CALLED.findall(rest)
             for group in BRANCHES.findall(rest):
                 inner += re.findall(r"[\w.\-]+", group)
-            trips = TRIPS.search(rest) if opcode == "while" else None
-            runs = times * (int(trips[1]) if trips else 1)
-            stack += [(child, runs, known and (opcode != "while" or trips is not None)) for child in inner]
+            trips = trip_count(rest, bodies) if opcode == "while" else 1
+            stack += [(child, times * (trips or 1), known and trips is not None) for child in inner]
+
+
+def trip_count(rest: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often a while loop runs: as annotated, or from a condition that compares a counter with one constant (JAX
+    counts scans from 0 by 1). None if neither tells."""
+    told = TRIPS.search(rest)
+    if told:
+        return int(told[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    lines = bodies.get(condition[1], []) if condition else []
+    constants = [found[1] for line in lines if (found := re.search(r" constant\((\d+)\)", line))]
+    counted = any("compare(" in line and "direction=LT" in line for line in lines)
+    return int(constants[0]) if counted and len(constants) == 1 else None
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
