@@ -20,9 +20,10 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.io.load import Pretrained
-from jlora.io.peft import MAGNITUDE, PREFIX, module_of
+from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of
 from jlora.lora import LoraFactors
 from jlora.methods.dora import DoraFactors, with_magnitude
+from jlora.methods.token_rows import TokenRows
 from jlora.models.tensors import HFTensor
 from jlora.tree import path_of, paths
 
@@ -41,7 +42,7 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
     if held.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {held.get('peft_type')!r}; this reads 'LORA'")
-    for name in ("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
+    for name in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
         if held.get(name):
             raise ValueError(f"{path}: {name} is not read here: {held[name]!r}")
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"init_lora_weights"}
@@ -94,7 +95,17 @@ def load_peft(
     parts: dict[str, list[Part]] = {}
     full: dict[str, list[tuple[HFTensor, np.ndarray]]] = {}
     wrong = []
+    ids = token_ids(folder)
+    rows: dict[str, TokenRows] = {}
     for name, array in arrays.items():
+        if name.endswith(f".{ROWS}") and (module := name.removesuffix(f".{ROWS}")) in by_module:
+            tensor = by_module[module]
+            found = ids.get(module.rpartition(".")[2], ())
+            if array.shape == (len(found), leaves[tensor.path].shape[1]):
+                rows[tensor.path] = TokenRows(jnp.asarray(array, dtype), found)
+            else:
+                wrong.append(f"{name} {list(array.shape)} for {len(found)} token ids")
+            continue
         kind = next((k for k in KINDS if name.endswith(f".{k}")), None)
         module = name.removesuffix(f".{kind}") if kind else None
         if kind is None and name in by_name:
@@ -114,7 +125,16 @@ def load_peft(
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong[:6])}{more}")
-    return *planted(params, parts, full, dtype), config
+    frozen, lora = planted(params, parts, full, dtype)
+    place = lambda keys, leaf, entry: rows.get(path_of(keys), entry)
+    return frozen, jax.tree_util.tree_map_with_path(place, params, lora) if rows else lora, config
+
+
+def token_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """The ids of trained rows by the embedding's last name; PEFT's list means embed_tokens."""
+    held = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("trainable_token_indices")
+    held = {"embed_tokens": held} if isinstance(held, list) else held or {}
+    return {name: tuple(int(n) for n in ids) for name, ids in held.items()}
 
 
 def planted(

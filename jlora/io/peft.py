@@ -19,11 +19,14 @@ import numpy as np
 from jlora.config import LoraConfig
 from jlora.lora import LoraFactors, is_adapter
 from jlora.methods.dora import DoraFactors
+from jlora.methods.token_rows import TokenRows
 from jlora.models.tensors import HFTensor
 from jlora.tree import path_of
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
+ROWS = "token_adapter.trainable_tokens_delta"
+"""PEFT's name; the tensor holds the rows themselves."""
 
 
 def module_of(tensor: HFTensor) -> str:
@@ -34,11 +37,11 @@ def module_of(tensor: HFTensor) -> str:
 def modules(lora: Any, tensors: Sequence[HFTensor]) -> dict[str, tuple[Any, HFTensor]]:
     """The entry and the Hub tensor of each trained tensor, by the tensor's name.
 
-    Raises ValueError for an entry that is neither LoRA, DoRA nor a whole leaf of the model.
+    Raises ValueError for an entry that is neither LoRA, DoRA, token rows nor a whole leaf of the model.
     """
     held = {path_of(keys): e for keys, e in jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)[0]}
     out = {tensor.name: (held[tensor.path], tensor) for tensor in tensors if tensor.path in held}
-    kinds = (LoraFactors, DoraFactors)
+    kinds = (LoraFactors, DoraFactors, TokenRows)
     lost = sorted(set(held) - {tensor.path for _, tensor in out.values()})
     lost += [tensor.path for entry, tensor in out.values() if is_adapter(entry) and not isinstance(entry, kinds)]
     if lost:
@@ -69,8 +72,9 @@ def save_peft(
     found = modules(lora, tensors)
     arrays: dict[str, np.ndarray] = {}
     factors: dict[str, LoraFactors] = {}
-    adapted = {module_of(t) for e, t in found.values() if is_adapter(e)}
+    adapted = {module_of(t) for e, t in found.values() if isinstance(e, LoraFactors | DoraFactors)}
     whole: list[HFTensor] = []
+    rows: dict[str, list[int]] = {}
     for entry, tensor in found.values():
         row = lambda x, tensor=tensor: np.asarray(x if tensor.layer is None else x[tensor.layer])
         name = module_of(tensor)
@@ -79,6 +83,10 @@ def save_peft(
             key = f"{PREFIX}{name}{inner}.{tensor.name.rpartition('.')[2]}"
             arrays[key] = np.ascontiguousarray(row(entry).T if tensor.transpose else row(entry))
             whole.append(tensor)
+            continue
+        if isinstance(entry, TokenRows):
+            arrays[f"{PREFIX}{name}.{ROWS}"] = np.asarray(entry.rows)
+            rows[name.rpartition(".")[2]] = list(entry.ids)
             continue
         pair = entry.lora if isinstance(entry, DoraFactors) else entry
         embedded = tensor.path.endswith("/embedding")
@@ -94,6 +102,8 @@ def save_peft(
         meant = lambda module: next((name for name in known if f".{name}." in f".{module}."), module)
         written["modules_to_save"] = sorted({meant(module) for module in written["modules_to_save"]})
     written |= {"task_type": task, "base_model_name_or_path": base, "revision": revision}
+    if rows:  # readers of older PEFT choke on keys they do not know: only where it is used
+        written["trainable_token_indices"] = rows
     folder.mkdir(parents=True, exist_ok=True)
     put(folder / "adapter_model.safetensors", save(arrays, metadata={"format": "pt"}))
     put(folder / "README.md", card_text(base, written, card or {}).encode())
@@ -115,7 +125,7 @@ def config_of(
     biases = [t for t in whole if t.name.endswith(".bias") and module_of(t) in factors]
     others = [t for t in whole if t not in biases]
     only_biases = bool(others) and all(t.name.endswith(".bias") for t in others)
-    kernels = [t for e, t in found.values() if is_adapter(e) and t.path.endswith("/kernel")]
+    kernels = [t for e, t in found.values() if isinstance(e, LoraFactors | DoraFactors) and t.path.endswith("/kernel")]
     return {
         "peft_type": "LORA",
         "r": config.r,

@@ -37,6 +37,7 @@ CASES = {
     "layers": ("Llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "r": 4}),
     "head saved whole": ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "r": 4}),
     "embedding": ("Llama", {"target_modules": ["embed_tokens", "q_proj"], "r": 4}),
+    "trained rows": ("Llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5], "r": 4}),
     "fan_in_fan_out": ("GPT2", {"target_modules": ["c_attn", "mlp.c_proj"], "r": 4, "fan_in_fan_out": True}),
     "biases of all": ("GPT2", {"target_modules": ["c_attn"], "r": 4, "fan_in_fan_out": True, "bias": "all"}),
     "biases of the adapted": (
@@ -49,6 +50,7 @@ CASES = {
     ),
 }
 TOKENS = np.random.default_rng(0).integers(2, 97, (2, 9))
+TOKENS[:, 3] = 5
 
 
 def their_model(family):
@@ -74,7 +76,7 @@ def test_there_and_back(case, tmp_path):
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-            assert "lora" in name or "modules_to_save" in name or "bias" in name
+            assert "lora" in name or "modules_to_save" in name or "bias" in name or "token" in name
     adapted.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         want = adapted(torch.tensor(TOKENS)).logits.numpy()

@@ -153,3 +153,9 @@ def test_a_trip_count_is_read_off_the_condition_where_it_is_not_annotated():
     )
     assert by_kind(collectives(text))["all-gather"] == 7 * (8 * 4 * 4 + 8 * 4 * 2)
     assert not all(one.known for one in collectives(text.replace("direction=LT", "direction=GE")))
+
+
+def test_a_transfer_spread_over_fusions_counts_once():
+    text = TEXT.replace("all-gather(%x),", "all-gather(%x), channel_id=3,")
+    twice = text.replace("  %d = ", "  %g2 = f32[8,4]{1,0} all-gather(%x), channel_id=3, dimensions={0}\n  %d = ")
+    assert twice != text and by_kind(collectives(twice)) == by_kind(collectives(text))

@@ -1,0 +1,38 @@
+"""Trained rows of an embedding, with a tied head: nothing else moves, and the start is the base bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.methods import token_rows
+from jlora.tree import size
+
+TOKENS = jnp.array([[1, 4, 2, 4]])
+
+
+def apply(params, tokens):
+    return jnp.tanh(params["table"][tokens]) @ params["table"].T
+
+
+def test_rows_are_replaced_in_lookup_and_tied_head():
+    params = {"table": jax.random.normal(jax.random.key(0), (9, 5))}
+    frozen, rows = token_rows.make(params, {"table": [4, 7]})
+    assert size(rows) == 10
+    f = jlora.lift(apply, strict=True)
+    np.testing.assert_array_equal(f(jlora.combine(frozen, rows), TOKENS), apply(params, TOKENS))
+    new = jax.tree.map(lambda x: x + 1.0, rows)
+    dense = {"table": params["table"].at[jnp.array([4, 7])].add(1.0)}
+    np.testing.assert_allclose(f(jlora.combine(frozen, new), TOKENS), apply(dense, TOKENS), atol=1e-5)
+    np.testing.assert_allclose(jlora.merge(frozen, new)["table"], dense["table"], atol=1e-6)
+    loss = lambda out: (out**2).sum()
+    got = jax.grad(lambda r: loss(f(jlora.combine(frozen, r), TOKENS)))(new)["table"].rows
+    want = jax.grad(lambda p: loss(apply(p, TOKENS)))(dense)["table"][jnp.array([4, 7])]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ids", [{"tables": [1]}, {"table": [9]}, {"table": [1, 1]}, {"table": []}])
+def test_wrong_rows_are_refused(ids):
+    with pytest.raises(ValueError, match=r"no embedding|must differ and lie in"):
+        token_rows.make({"table": jnp.zeros((9, 5))}, ids)

@@ -1,0 +1,51 @@
+"""The doctor's checks, each seen well and ill."""
+
+import os
+import socket
+
+from jlora import doctor
+
+
+def test_a_sound_machine_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "here")
+    report = doctor.run(doctor.DoctorConfig(output=str(tmp_path / "run")))
+    assert [check["name"] for check in report["checks"]][:3] == ["devices", "versions", "memory"]
+    assert not [check for check in report["checks"] if check["name"] in ("versions", "run folder") and "fix" in check]
+    assert not os.listdir(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    check = doctor.folder(str(tmp_path / "file" / "run"))
+    assert "--output" in check.fix
+
+
+def test_a_coordinator_is_reached_or_not():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert not doctor.network(f"127.0.0.1:{port}").fix
+    assert f"port {port}" in doctor.network(f"127.0.0.1:{port}").fix
+    assert doctor.network("nowhere").fix == "write --coordinator HOST:PORT"
+
+
+def test_an_accelerator_that_is_not_used_is_named(tmp_path):
+    assert doctor.unused_accelerator(str(tmp_path)) == ""
+    (tmp_path / "nvidia0").write_text("")
+    assert "jlora[cuda]" in doctor.unused_accelerator(str(tmp_path))
+    (tmp_path / "accel0").write_text("")
+    assert "jlora[tpu]" in doctor.unused_accelerator(str(tmp_path))
+
+
+def test_little_memory_is_said(tmp_path):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal: 9000000 kB\nMemAvailable:    1048576 kB\n")
+    check = doctor.memory(str(told))
+    assert check.saw.startswith("host 1.0 GiB free") and "4 GiB" in check.fix
+
+
+def test_versions_that_differ(monkeypatch):
+    held = {"jax": "0.10.2", "jaxlib": "0.9.1"}
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: held.get(name, "1.0"))
+    assert "jax and jaxlib differ" in doctor.versions().fix
