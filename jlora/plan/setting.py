@@ -82,7 +82,8 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     state = jax.eval_shape(lambda t: TrainState(t, tx.init(t), jnp.zeros((), jnp.int32)), trained)
     trained_specs = sharding.specs(trained, layouts, mesh)
     opt_specs = sharding.like(state.opt_state, trained, trained_specs)
-    state_specs = TrainState(trained_specs, opt_specs, jax.sharding.PartitionSpec())
+    count: Any = jax.sharding.PartitionSpec()
+    state_specs = TrainState(trained_specs, opt_specs, count)
     sums = sums_of(plan, answer_sums(model, plan.chunk))
     return Setting(
         config,
