@@ -173,8 +173,8 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """A batch of `data.collate` with a leading axis of `batch_shards(mesh)` parts: tokens and mask [n, b/n, s], and
-    positions, labels and weights [n, l'] whose positions count within the part.
+    """A batch of `data.collate` (or of packed rows) with a leading axis of `batch_shards(mesh)` parts: what is [b, s]
+    becomes [n, b/n, s], what is one a label [n, l'], with `positions` and `example` counted within the part.
 
     A global position would send every hidden state to every device. Raises ValueError if the rows do not divide.
     """
@@ -182,17 +182,23 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     rows, length = batch["tokens"].shape
     if rows % n:
         raise ValueError(f"a batch of {rows} rows does not split into {n} ({dict(mesh.shape)}): use a multiple")
-    per = rows // n
-    owner = np.asarray(batch["positions"]) // (per * length)
-    used = np.asarray(batch["weights"]) != 0
-    size = max(1, *(int(np.sum(used & (owner == part))) for part in range(n)))
-    size = -(-size // 8) * 8  # a few shapes, so a few compilations
-    out: dict[str, Any] = {name: np.reshape(batch[name], (n, per, length)) for name in ("tokens", "mask")}
-    for name in ("positions", "labels", "weights"):
-        out[name] = np.zeros((n, size), batch[name].dtype)
-        for part in range(n):
-            chosen = np.asarray(batch[name])[used & (owner == part)]
-            out[name][part, : len(chosen)] = chosen - (part * per * length if name == "positions" else 0)
+    span = rows // n * length
+    owner, used = np.asarray(batch["positions"]) // span, np.asarray(batch["weights"]) != 0
+    chosen = [np.flatnonzero(used & (owner == part)) for part in range(n)]
+    size = -(-max(1, *map(len, chosen)) // 8) * 8  # a few shapes, so a few compilations
+    out: dict[str, Any] = {}
+    for name, array in batch.items():
+        if array.ndim == 2:
+            out[name] = np.reshape(array, (n, -1, length))
+            continue
+        out[name] = np.full((n, size), size if name == "example" else 0, array.dtype)
+        for part, which in enumerate(chosen):
+            mine = np.asarray(array)[which]
+            if name == "positions":
+                mine = mine - part * span
+            elif name == "example":
+                mine = np.unique(mine, return_inverse=True)[1]
+            out[name][part, : len(which)] = mine
     return out
 
 

@@ -138,7 +138,7 @@ def batch_of(plan: PlanConfig, mesh: Any) -> dict[str, Any]:
     if plan.batch % n:
         raise ValueError(f"a batch of {plan.batch} does not split into {n} (mesh {plan.mesh!r}): use a multiple of {n}")
     rows = plan.batch // n
-    kinds = {"positions": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
+    kinds = dict.fromkeys(("positions", "labels", "example"), jnp.int32) | {"weights": jnp.float32}
     return {
         "tokens": jax.ShapeDtypeStruct((n, rows, plan.seq), jnp.int32),
         "mask": jax.ShapeDtypeStruct((n, rows, plan.seq), jnp.bool_),
