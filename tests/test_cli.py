@@ -17,6 +17,7 @@ import jlora
 from jlora.cli import main
 from jlora.io import load
 from jlora.io.adapters import load_adapter
+from jlora.train import OptimiserConfig
 from tests.small import rows, small_model
 
 FAST = ["--steps", "30", "--batch", "8", "--learning-rate", "0.02", "--held-out", "12", "--save-every", "10"]
@@ -115,6 +116,38 @@ def test_training_goes_on_from_an_adapter(trained, place, tmp_path, capsys):
     code, out, err = run(capsys, *args, "--output", str(tmp_path / "on"), "--adapter", str(trained / "adapter"))
     assert code == 0, err
     assert json.loads(out)["before"]["exact"] > 0.99
+
+
+def test_packing_other_optimisers_and_early_stopping(place, tmp_path, capsys):
+    args = ["train", "--json", "--model", place["model"], "--data", place["data"], "--held-out", "12", "--batch", "2"]
+    args += ["--max-length", "40", "--packing", "--optimiser", "lion", "--schedule", "wsd", "--samples", "0"]
+    args += ["--learning-rate", "0.01", "--steps", "200", "--eval-every", "5", "--patience", "2", "--clip", "0"]
+    code, out, err = run(capsys, *args, "--output", str(tmp_path), "--label-smoothing", "0.05", "--z-loss", "1e-4")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["step"] < 200 and report["best"]["step"] == report["step"] - 10
+    assert report["best"]["loss"] < 0.5 * report["before"]["loss"]
+    code, out, err = run(
+        capsys,
+        "eval",
+        "--json",
+        "--model",
+        place["model"],
+        "--data",
+        place["data"],
+        "--adapter",
+        str(tmp_path / "best"),
+    )
+    assert json.loads(out)["adapter"]["exact"] > 0.9
+
+
+def test_a_run_that_diverges_stops_with_the_batch_in_hand(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jlora.commands.train.rates", lambda config: OptimiserConfig(float("inf"), clip=0.0))
+    args = ["train", "--model", place["model"], "--data", place["data"], "--output", str(tmp_path), "--steps", "30"]
+    code, _, err = run(capsys, *args, "--bad-steps", "2", "--batch", "4")
+    assert code == 1 and "3 in a row: try a lower learning rate" in err
+    assert np.load(tmp_path / "bad-batch.npz")["tokens"].shape[0] == 4
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_generate_with_and_without_the_adapter(trained, place, capsys, monkeypatch):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora.commands.train import judged
+from jlora.commands.parts import judged
 from jlora.data import BatchSource, bucket_lengths, read_rows, tokenise_rows
 from jlora.io import load
 from jlora.io.adapters import load_adapter

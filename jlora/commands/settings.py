@@ -36,6 +36,8 @@ class TrainConfig:
     """Tokens; longer examples are cut on the left, and counted."""
     buckets: int = 4
     """Padded lengths, so compiled shapes."""
+    packing: bool = False
+    """Put several examples into a row of max_length tokens; none sees another."""
     adapter: str | None = None
     """Go on from this adapter (a folder in PEFT's format); rank, alpha, targets and init are then its own."""
     rank: int = 8
@@ -50,11 +52,18 @@ class TrainConfig:
     """Scale by alpha / sqrt(rank)."""
     learning_rate: float = 2e-4
     """The peak."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    optimiser: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Down to 0 at the end; wsd keeps the peak for all but the last fifth."""
     warmup: int = 5
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest global norm of the gradient; 0: none."""
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    """Weight of log(Z)^2."""
+    bad_steps: int = 3
+    """Steps in a row with a loss or gradient that is not finite that are skipped before the run stops."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights and the computation; factors are float32."""
     remat: bool = False
@@ -62,6 +71,8 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 0
     """Steps between evaluations; 0: before and after only."""
+    patience: int = 0
+    """Stop after so many evaluations without a lower held-out loss; 0: never. The best adapter is kept in `best`."""
     save_every: int = 20
     """Steps between checkpoints; 0: none."""
     samples: int = 3
@@ -141,11 +152,26 @@ def check(config: TrainConfig) -> None:
     for name in positive:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} = {getattr(config, name)}: it must be above 0")
-    for name in ("steps", "held_out", "warmup", "weight_decay", "clip", "eval_every", "save_every", "samples"):
+    for name in (
+        "steps",
+        "held_out",
+        "warmup",
+        "weight_decay",
+        "clip",
+        "eval_every",
+        "save_every",
+        "samples",
+        "z_loss",
+        "bad_steps",
+        "patience",
+    ):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} = {getattr(config, name)}: it must be 0 or more")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout = {config.dropout}: it must be at least 0 and below 1")
+    for name in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}: it must be at least 0 and below 1")
+    if config.patience and not config.eval_every:
+        raise ValueError("patience counts evaluations: give eval_every, and eval_data or held_out")
 
 
 def save_settings(config: Any, path: Path) -> None:

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jlora
 from jlora.commands.dry import describe
+from jlora.commands.parts import answer, batches_of, judged, made_by, objective, rates, samples, steps_of, tokens_of
 from jlora.commands.report import picture, write_json
 from jlora.commands.settings import TrainConfig, check, run_identity, save_settings, say
-from jlora.data import BatchSource, Example, Row, bucket_lengths, read_rows, split_rows, tokenise_rows
-from jlora.generate import GenerateConfig, generate_text
+from jlora.data import BatchSource, Example, Row, bucket_lengths, read_rows, split_rows
 from jlora.io import Pretrained, load
-from jlora.io.adapters import load_peft, read_config
 from jlora.io.peft import save_peft
-from jlora.train import (
-    Checkpoints,
-    OptimiserConfig,
-    answer_sums,
-    evaluate,
-    fit,
-    init_state,
-    make_eval_step,
-    make_optimiser,
-    make_train_step,
-)
-from jlora.train.report import Metrics, Reporter
+from jlora.train import Checkpoints, fit, init_state, make_eval_step, make_optimiser, make_train_step
+from jlora.train.report import Best, Metrics, Reporter
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -59,7 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     save_settings(dataclasses.replace(config, resume=False), out / "settings.yaml")
     frozen, lora = make(base.params)
     say(jlora.summary(frozen, lora))
-    report = run(config, base, frozen, lora, examples, tests, test_rows)
+    report = run(config, base, lora_config, frozen, lora, examples, tests, test_rows)
     card = {"data": config.data, "steps": report["step"]}
     if "after" in report:
         card |= {f"held-out {name}": f"{report['after'][name]:.4g}" for name in ("loss", "exact")}
@@ -78,6 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def run(
     config: TrainConfig,
     base: Pretrained,
+    lora_config: jlora.LoraConfig,
     frozen: Any,
     lora: Any,
     examples: list[Example],
@@ -86,20 +75,13 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate. Returns {before, after, samples, step, trained (the tree)}."""
     out = Path(config.output)
-    lifted = jlora.lift(answer_sums(base.model))
-
-    def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        dropout = config.dropout if key is not None else 0.0
-        return lifted(jlora.combine(frozen, trained, dropout=dropout, key=key if dropout else None), batch)
-
+    sums = objective(config, base)
     steps = steps_of(config, examples)
-    rates = {name: getattr(config, name) for name in ("learning_rate", "schedule", "warmup", "weight_decay", "clip")}
-    tx = make_optimiser(OptimiserConfig(**rates), steps)
+    tx = make_optimiser(rates(config), steps)
     step = make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate)
     judge = make_eval_step(sums)
     state = init_state(lora, tx)
-    source = batches_of(config, examples, steps)
-    batches = source.iterator()
+    batches = batches_of(config, examples, steps).iterator()
     testing = BatchSource(tests, config.batch, bucket_lengths(tests, config.buckets)) if tests else None
 
     checkpoints = Checkpoints(out / "checkpoints", {**run_identity(config), "examples": len(examples)})
@@ -112,6 +94,7 @@ def run(
         checkpoints.clear()
     metrics = Metrics(out / "metrics.jsonl", int(state.step))
 
+    best = Best.of(metrics.read())
     report: dict[str, Any] = {}
     shown = [row for row in test_rows if not row.messages][: config.samples]
     if testing:
@@ -127,9 +110,17 @@ def run(
 
         def after(state: Any) -> bool:
             number = int(state.step)
-            if testing and config.eval_every and number % config.eval_every == 0 and number < steps:
-                metrics.write("eval", {"step": number, **judged("now", judge, state.trained, frozen, testing)})
-            return False
+            if not testing or not config.eval_every or number % config.eval_every or number == steps:
+                return False
+            found = judged(f"step {number}", judge, state.trained, frozen, testing)
+            metrics.write("eval", {"step": number, **found})
+            if best.better(number, found["loss"]):
+                save_peft(out / "best", state.trained, lora_config, base.tensors, base.source, card={"step": number})
+            return best.enough(config.patience)
+
+        def keep_bad(batch: Any) -> str:
+            np.savez(out / "bad-batch.npz", **batch)
+            return f"The batch is in {out / 'bad-batch.npz'}"
 
         state = fit(
             step,
@@ -141,83 +132,16 @@ def run(
             save_every=config.save_every,
             log=log,
             after=after,
+            bad_steps=config.bad_steps,
+            keep_bad=keep_bad,
         )
     say(f"trained in {time.monotonic() - began:.0f} s")
     checkpoints.close()
     if testing:
         report["after"] = judged("after", judge, state.trained, frozen, testing)
-    tuned = jlora.combine(frozen, state.trained)
-    report["samples"] = [
-        {"prompt": row.prompt, "want": row.completion, "before": was, "after": answer(base, tuned, row)}
-        for row, was in zip(shown, written, strict=True)
-    ]
-    for sample in report["samples"]:
-        say("{prompt!r}\n  before {before!r}\n  after  {after!r} (want {want!r})".format(**sample))
+        if config.eval_every and best.better(int(state.step), report["after"]["loss"]):
+            save_peft(out / "best", state.trained, lora_config, base.tensors, base.source)
+        if config.eval_every:
+            report["best"] = {"step": best.step, "loss": best.loss}
+    report["samples"] = samples(base, jlora.combine(frozen, state.trained), shown, written)
     return {**report, "step": int(state.step), "trained": state.trained}
-
-
-def made_by(config: TrainConfig, base: Pretrained) -> tuple[jlora.LoraConfig, Callable[[Any], tuple[Any, Any]]]:
-    """(the adapter's settings, params -> (frozen, lora)): a fresh adapter, or the one to go on from."""
-    if config.adapter:
-        folder = config.adapter
-        return read_config(folder), lambda params: load_peft(folder, params, base.tensors)[:2]
-    settings, key = lora_settings(config), jax.random.key(config.seed)
-    return settings, lambda params: jlora.lorafy(params, config=settings, key=key, layouts=base.layouts)
-
-
-def lora_settings(config: TrainConfig) -> jlora.LoraConfig:
-    """The adapter's settings under PEFT's names."""
-    targets = config.targets[0] if len(config.targets) == 1 else list(config.targets)
-    return jlora.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=targets,
-        exclude_modules=list(config.exclude),
-        use_rslora=config.rslora,
-        init_lora_weights=config.init,
-        lora_dropout=config.dropout,
-    )
-
-
-def tokens_of(rows: list[Row], base: Pretrained, config: TrainConfig, name: str) -> list[Example]:
-    """The rows as tokens; says how many were cut. Raises ValueError without a tokenizer."""
-    if base.tokenizer is None:
-        raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
-    examples, cut = tokenise_rows(rows, base.tokenizer, config.max_length)
-    if cut:
-        say(f"{name}: {cut} of {len(rows)} examples were cut on the left to max_length = {config.max_length}")
-    return examples
-
-
-def batches_of(config: TrainConfig, examples: list[Example], steps: int) -> BatchSource:
-    lengths = bucket_lengths(examples, config.buckets)
-    return BatchSource(examples, config.batch, lengths, seed=config.seed, steps=steps, accumulate=config.accumulate)
-
-
-def steps_of(config: TrainConfig, examples: list[Example]) -> int:
-    """`steps`, or what `epochs` passes over the examples take."""
-    return config.steps or max(1, round(config.epochs * batches_of(config, examples, 1).per_epoch))
-
-
-def judged(name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSource) -> dict[str, float]:
-    """Evaluate on the held-out rows, with progress."""
-    with Reporter(len(testing), label=f"evaluating {name}", every=10) as bar:
-
-        def watched() -> Any:
-            for n in range(len(testing)):
-                yield testing[n]
-                bar.update(n + 1)
-
-        result = evaluate(judge, trained, frozen, watched())
-    right, exact = result["first"], result["exact"]
-    say(f"{name}: first token right {right:.1%}, exact answer {exact:.1%}, loss {result['loss']:.3f}")
-    return result
-
-
-def answer(base: Pretrained, params: Any, row: Row) -> str:
-    """What the model writes after a row's prompt, greedily, as long as the wanted answer and a little more."""
-    room = len(base.tokenizer(row.completion)["input_ids"]) + 6
-    (text,) = generate_text(
-        base.model, params, base.tokenizer, [row.prompt], GenerateConfig(max_new_tokens=min(room, 128))
-    )
-    return text

@@ -26,7 +26,8 @@ def label_count(example: Example) -> int:
 
 def collate(examples: Sequence[Example], batch: int, length: int, labels: int, pad: int = 0) -> Batch:
     """One batch: tokens i32 [b, s] and mask bool [b, s] (True: real), right-padded, and the label positions
-    positions i32 [l] into the flattened [b * s], labels i32 [l] (the token to be written next), weights f32 [l].
+    positions i32 [l] into the flattened [b * s], labels i32 [l] (the token to be written next), weights f32 [l], and
+    example i32 [l], which of the batch's examples a label belongs to.
 
     The head is computed at `positions` only. Slots with no label have weight 0. Raises ValueError where it cannot fit.
     """
@@ -41,6 +42,7 @@ def collate(examples: Sequence[Example], batch: int, length: int, labels: int, p
         "positions": np.zeros(labels, np.int32),
         "labels": np.zeros(labels, np.int32),
         "weights": np.zeros(labels, np.float32),
+        "example": np.full(labels, batch, np.int32),
     }
     start = 0
     for n, example in enumerate(examples):
@@ -52,6 +54,7 @@ def collate(examples: Sequence[Example], batch: int, length: int, labels: int, p
         out["positions"][slot] = n * length + where
         out["labels"][slot] = example.tokens[where + 1]
         out["weights"][slot] = 1
+        out["example"][slot] = n
         start += len(where)
     return out
 

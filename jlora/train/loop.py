@@ -48,22 +48,31 @@ def fit(
     save_every: int = 0,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
     after: Callable[[TrainState], bool] = lambda state: False,
+    bad_steps: int = 0,
+    keep_bad: Callable[[Any], str] = lambda batch: "",
 ) -> TrainState:
     """Train until `steps` steps are taken. `batches`: a grain iterator. The given state is donated.
 
     `log` gets {step, loss, tokens, right, exact, grad_norm} each step; `after(state)` may evaluate, True stops early.
-    Raises `Interrupted` after saving where SIGTERM came, FloatingPointError at a loss that is not finite (the last
-    checkpoint stays).
+    A step whose loss or gradient is not finite changes no weight; `bad_steps` of them in a row are skipped, at the next
+    `keep_bad(batch)` writes the batch down (and says where) and FloatingPointError is raised.
+    Raises `Interrupted` after saving where SIGTERM came.
     """
     with on_sigterm() as stop:
-        number = int(state.step)
+        number, bad = int(state.step), 0
         while number < steps:
-            state, (sums, norm) = step(state, frozen, next(batches))
+            batch = next(batches)
+            state, (sums, norm) = step(state, frozen, batch)
             number += 1
             record = {"step": number, **means(jax.device_get(sums)), "grad_norm": float(norm)}
             log(record)
-            if not np.isfinite(record["loss"]):
-                raise FloatingPointError(f"the loss is {record['loss']} at step {number}: try a lower learning rate")
+            if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
+                bad = 0
+            elif (bad := bad + 1) > bad_steps:
+                raise FloatingPointError(
+                    f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {number}, {bad} in a row: "
+                    f"try a lower learning rate. {keep_bad(batch)}".rstrip()
+                )
             done = after(state)
             if checkpoints and (stop.is_set() or (save_every and number % save_every == 0)):
                 checkpoints.save(state, batches.get_state())

@@ -1,19 +1,22 @@
-"""AdamW by optax: clipping, warm-up, schedule."""
+"""Optimisers and schedules by optax: clipping, warm-up, decay."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import optax
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """`learning_rate` is the peak; `warmup` and `clip` may be 0 for none."""
+    """`learning_rate` is the peak; `warmup` and `clip` may be 0 for none. b1, b2: of adamw and lion."""
 
     learning_rate: float = 1e-3
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    optimiser: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Down to 0 at the last step; wsd (warm-up, stable, decay) keeps the peak for all but the last fifth."""
     warmup: int = 5
     """Steps from 0 to the peak."""
     weight_decay: float = 0.0
@@ -26,10 +29,12 @@ class OptimiserConfig:
 def make_schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up to the peak, then down to 0 at `steps` (or constant)."""
     peak, rest = config.learning_rate, max(steps - config.warmup, 1)
+    decay = max(rest // 5, 1)
     tails: dict[str, optax.Schedule] = {
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay),
     }
     if not config.warmup:
         return tails[config.schedule]
@@ -40,5 +45,12 @@ def make_schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """The optax transformation for `steps` steps."""
-    adam = optax.adamw(make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+    rate, decay = make_schedule(config, steps), config.weight_decay
+    makers: dict[str, Callable[[], Any]] = {
+        "adamw": lambda: optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
+        "lion": lambda: optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
+        "adafactor": lambda: optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None),
+        "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.b1)),
+    }
+    inner = makers[config.optimiser]()
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner

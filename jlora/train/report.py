@@ -36,6 +36,34 @@ class Metrics:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
+class Best:
+    """The lowest held-out loss so far and how many evaluations have passed since."""
+
+    def __init__(self) -> None:
+        self.loss, self.step, self.since = float("inf"), 0, 0
+
+    @classmethod
+    def of(cls, records: list[dict[str, Any]]) -> Best:
+        """As the evaluations among `records` left it, so that a resumed run stops where the first would have."""
+        best = cls()
+        for record in records:
+            if record["kind"] == "eval":
+                best.better(record["step"], record["loss"])
+        return best
+
+    def better(self, step: int, loss: float) -> bool:
+        """Count an evaluation; whether it is the best."""
+        if loss < self.loss:
+            self.loss, self.step, self.since = loss, step, 0
+            return True
+        self.since += 1
+        return False
+
+    def enough(self, patience: int) -> bool:
+        """Whether `patience` evaluations (0: no limit) have brought nothing better."""
+        return 0 < patience <= self.since
+
+
 class Reporter:
     """Progress with the time remaining: a live bar on a terminal, a line every `every` steps elsewhere."""
 

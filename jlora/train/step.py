@@ -34,7 +34,8 @@ def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: 
 
     The loss is the mean over labels. With `accumulate` > 1 the batch has that leading axis; gradients of the *sum*
     are added and divided by all labels at the end, so the step equals one with the big batch.
-    metrics: `Sums` of the step's batch and the gradient's norm before clipping.
+    metrics: `Sums` of the step's batch and the gradient's norm before clipping. Where either is not finite, weights and
+    optimiser state stay as they were.
     """
 
     def grads_of(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, Sums]:
@@ -64,7 +65,12 @@ def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: 
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        return TrainState(trained, opt_state, state.step + 1), (sums, optax.tree.norm(grads))
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(good, new, old)
+        trained = jax.tree.map(keep, trained, state.trained)
+        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        return TrainState(trained, opt_state, state.step + 1), (sums, norm)
 
     return jax.jit(step, donate_argnums=0)
 

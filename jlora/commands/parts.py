@@ -1,0 +1,117 @@
+"""The parts of a run: rows to tokens to batches, the objective, the adapter, evaluation and samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import jlora
+from jlora.commands.settings import TrainConfig, say
+from jlora.data import BatchSource, Example, PackedSource, Row, bucket_lengths, tokenise_rows
+from jlora.generate import GenerateConfig, generate_text
+from jlora.io import Pretrained
+from jlora.io.adapters import load_peft, read_config
+from jlora.train import OptimiserConfig, answer_sums, evaluate
+from jlora.train.report import Reporter
+
+
+def rates(config: TrainConfig) -> OptimiserConfig:
+    """The optimiser's settings among a run's."""
+    names = {field.name for field in dataclasses.fields(OptimiserConfig)}
+    return OptimiserConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
+
+
+def made_by(config: TrainConfig, base: Pretrained) -> tuple[jlora.LoraConfig, Callable[[Any], tuple[Any, Any]]]:
+    """(the adapter's settings, params -> (frozen, lora)): a fresh adapter, or the one to go on from."""
+    if config.adapter:
+        folder = config.adapter
+        return read_config(folder), lambda params: load_peft(folder, params, base.tensors)[:2]
+    settings, key = lora_settings(config), jax.random.key(config.seed)
+    return settings, lambda params: jlora.lorafy(params, config=settings, key=key, layouts=base.layouts)
+
+
+def lora_settings(config: TrainConfig) -> jlora.LoraConfig:
+    """The adapter's settings under PEFT's names."""
+    targets = config.targets[0] if len(config.targets) == 1 else list(config.targets)
+    return jlora.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        exclude_modules=list(config.exclude),
+        use_rslora=config.rslora,
+        init_lora_weights=config.init,
+        lora_dropout=config.dropout,
+    )
+
+
+def tokens_of(rows: list[Row], base: Pretrained, config: TrainConfig, name: str) -> list[Example]:
+    """The rows as tokens; says how many were cut. Raises ValueError without a tokenizer."""
+    if base.tokenizer is None:
+        raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
+    examples, cut = tokenise_rows(rows, base.tokenizer, config.max_length)
+    if cut:
+        say(f"{name}: {cut} of {len(rows)} examples were cut on the left to max_length = {config.max_length}")
+    return examples
+
+
+def batches_of(config: TrainConfig, examples: list[Example], steps: int) -> BatchSource:
+    """The order of batches: by buckets of length, or packed."""
+    if config.packing:
+        how = {"seed": config.seed, "steps": steps, "accumulate": config.accumulate}
+        return PackedSource(examples, config.batch, config.max_length, **how)
+    lengths = bucket_lengths(examples, config.buckets)
+    return BatchSource(examples, config.batch, lengths, seed=config.seed, steps=steps, accumulate=config.accumulate)
+
+
+def objective(config: TrainConfig, base: Pretrained) -> Any:
+    """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
+    plain = jlora.lift(answer_sums(base.model))
+    shaped = jlora.lift(answer_sums(base.model, smoothing=config.label_smoothing, z_loss=config.z_loss))
+
+    def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        dropout, lifted = (0.0, plain) if key is None else (config.dropout, shaped)
+        return lifted(jlora.combine(frozen, trained, dropout=dropout, key=key if dropout else None), batch)
+
+    return sums
+
+
+def steps_of(config: TrainConfig, examples: list[Example]) -> int:
+    """`steps`, or what `epochs` passes over the examples take."""
+    return config.steps or max(1, round(config.epochs * batches_of(config, examples, 1).per_epoch))
+
+
+def judged(name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSource) -> dict[str, float]:
+    """Evaluate on the held-out rows, with progress."""
+    with Reporter(len(testing), label=f"evaluating {name}", every=10) as bar:
+
+        def watched() -> Any:
+            for n in range(len(testing)):
+                yield testing[n]
+                bar.update(n + 1)
+
+        result = evaluate(judge, trained, frozen, watched())
+    right, exact = result["first"], result["exact"]
+    say(f"{name}: first token right {right:.1%}, exact answer {exact:.1%}, loss {result['loss']:.3f}")
+    return result
+
+
+def answer(base: Pretrained, params: Any, row: Row) -> str:
+    """What the model writes after a row's prompt, greedily, as long as the wanted answer and a little more."""
+    room = len(base.tokenizer(row.completion)["input_ids"]) + 6
+    (text,) = generate_text(
+        base.model, params, base.tokenizer, [row.prompt], GenerateConfig(max_new_tokens=min(room, 128))
+    )
+    return text
+
+
+def samples(base: Pretrained, tuned: Any, rows: list[Row], before: list[str]) -> list[dict[str, str]]:
+    """{prompt, want, before, after} of each row; said on the way."""
+    found = []
+    for row, was in zip(rows, before, strict=True):
+        now = answer(base, tuned, row)
+        found.append({"prompt": row.prompt, "want": row.completion, "before": was, "after": now})
+        say(f"{row.prompt!r}\n  before {was!r}\n  after  {now!r} (want {row.completion!r})")
+    return found
