@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": ("jlora.commands.generate", "ChatCommand", "chat_command"),
     "merge": ("jlora.commands.merge", "MergeConfig", "merge_command"),
     "export": ("jlora.commands.export", "ExportConfig", "export_command"),
+    "data": ("jlora.commands.data", "DataConfig", "data_command"),
     "demo": ("jlora.demo", "DemoConfig", "demo"),
 }
 """Name: (module, dataclass of its settings, function of them). A module is imported when its command runs."""

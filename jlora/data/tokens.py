@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora.data.rows import DataError, Row
+from jlora.data.files import DataError
+from jlora.data.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,11 @@ class Example:
 
 def tokenise(row: Row, tokenizer: Any) -> Example:
     """One row by a Hugging Face tokenizer. Raises DataError where the template does not extend its own prefix."""
-    if row.messages:
+    if row.kind == "label":
+        both = [row.text] if row.pair is None else [row.text, row.pair]
+        tokens = [int(token) for token in tokenizer(*both)["input_ids"]]
+        pieces = [(tokens, False)]
+    elif row.messages:
         pieces = chat_pieces(row, tokenizer)
     else:
         pieces = [(_ids(tokenizer, row.prompt), False), (_ids(tokenizer, row.completion) + _end(tokenizer), True)]

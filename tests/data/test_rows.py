@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from jlora.data import DataError, movie_rows, parse_snippets, read_rows, split_rows
+from jlora.data import Columns, DataError, classes_of, movie_rows, parse_snippets, read_rows, split_rows
+from jlora.data.rows import parse_row
 
 
 def write(path, *records):
@@ -65,3 +66,66 @@ def test_split_depends_on_the_seed_alone(tmp_path):
     train, held = split_rows(rows, 10, seed=1)
     assert (train, held) == split_rows(rows, 10, seed=1) != split_rows(rows, 10, seed=2)
     assert sorted(r.prompt for r in train + held) == sorted(r.prompt for r in rows) and len(held) == 10
+
+
+def test_what_a_record_is_is_told_by_its_keys():
+    kinds = {
+        "answer": {"prompt": "p", "completion": "c"},
+        "text": {"text": "all of it"},
+        "chat": {"messages": [{"role": "assistant", "content": "x"}]},
+        "preference": {"prompt": "p", "chosen": "a", "rejected": "b"},
+        "label": {"sentence1": "x", "sentence2": "y", "label": 1},
+    }
+    rows = {kind: parse_row(record, "x:1") for kind, record in kinds.items()}
+    assert {kind: row.kind for kind, row in rows.items()} == {kind: kind for kind in kinds}
+    assert (rows["label"].text, rows["label"].pair, rows["label"].label) == ("x", "y", 1)
+    assert (rows["preference"].completion, rows["preference"].rejected) == ("a", "b")
+    alpaca = parse_row({"instruction": "Add.", "input": "1 1", "output": "2"}, "x:1")
+    assert alpaca.prompt == "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n" and alpaca.completion == "2"
+    with pytest.raises(DataError, match="x:1: key 'label' must be a class or a number, got nothing"):
+        parse_row({"text": "a", "label": None}, "x:1")
+    with pytest.warns(UserWarning, match="'tools' of chat rows are not rendered"):
+        parse_row({**kinds["chat"], "tools": [{}]}, "x:1")
+
+
+def test_templates_make_rows_of_other_columns(tmp_path):
+    path = tmp_path / "e2e.csv"
+    path.write_text("mr,ref\nname[A],It is A.\n")
+    (row,) = read_rows(path, columns=Columns(prompt="{mr} ->", completion=" {ref}"))
+    assert (row.prompt, row.completion) == ("name[A] ->", " It is A.")
+    (row,) = read_rows(path, columns=Columns(rename=("text=mr", "label=ref")))
+    assert (row.text, row.label) == ("name[A]", "It is A.")
+    with pytest.raises(DataError, match=r"e2e.csv:2: prompt template names 'm'.*the row's keys: 'mr', 'ref'"):
+        read_rows(path, columns=Columns(prompt="{m}", completion="{ref}"))
+    with pytest.raises(DataError, match=r"e2e.csv:2: column 'x' is missing"):
+        read_rows(path, columns=Columns(rename=("text=x",)))
+
+
+def test_tsv_quotes_are_text_and_parquet_gives_the_same(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\na "quote\t1\nb\t0\n')
+    table = pa.table({"sentence": ['a "quote', "b"], "label": [1, 0]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    tsv, pq = read_rows(tmp_path / "a.tsv"), read_rows(tmp_path / "a.parquet")
+    assert [r.text for r in tsv] == [r.text for r in pq] == ['a "quote', "b"]
+    assert classes_of(tsv) == classes_of(pq) == ["0", "1"]
+    assert classes_of([parse_row({"text": "", "label": n}, "") for n in (10, 9, "b")]) == ["9", "10", "b"]
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:50])
+    with pytest.raises(DataError, match=r"b.parquet: not Parquet, or cut short"):
+        read_rows(tmp_path / "b.parquet")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hub_set_is_read_whole_or_streamed(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", *({"prompt": str(n), "completion": "c"} for n in range(5)))
+    rows = read_rows(f"hub:{folder}")
+    assert [r.prompt for r in rows] == list("01234") and rows[3].where == f"hub:{folder}[train]:3"
+    assert [r.prompt for r in read_rows(f"hub:{folder}", limit=2)] == list("01")
+    with pytest.raises(DataError, match=r"hub:.*\[test\]"):
+        read_rows(f"hub:{folder}", split="test")

@@ -1,0 +1,98 @@
+"""Records of a data source one by one, each with where it stands: JSONL, CSV, TSV, Parquet, the Hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """A row that cannot be used; the message names file, line and key."""
+
+
+Records = Iterator[tuple[str, Any]]
+
+
+def records(source: str | Path, *, split: str = "train", stream: bool = False) -> Records:
+    """("file:line", record) of FILE.jsonl, .csv, .tsv, .parquet, or hub:NAME (also hub:NAME:CONFIG or a local folder).
+
+    stream: rows of the Hub come as they are asked for, and the rest is never fetched.
+    Raises FileNotFoundError for no file, DataError for one that cannot be read.
+    """
+    name = str(source)
+    if name.startswith("hub:"):
+        return _hub(name[4:], split, stream)
+    path = Path(source)
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: a data file ends in {', '.join(READERS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file (give FILE{', FILE'.join(READERS)} or hub:NAME)")
+    return READERS[path.suffix](path)
+
+
+def _jsonl(path: Path) -> Records:
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            where = f"{path}:{line}"
+            try:
+                text = raw.decode("utf-8")
+                if text.strip():
+                    yield where, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _csv(path: Path, **dialect: Any) -> Records:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, **dialect)
+        try:
+            for record in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in record:
+                    raise DataError(f"{where}: more fields than the {len(reader.fieldnames or ())} of the header")
+                yield where, record
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8 (byte {error.start})") from None
+
+
+def _tsv(path: Path) -> Records:
+    # quotes in tab-separated sets (GLUE) are text, and often stand alone
+    return _csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _parquet(path: Path) -> Records:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise ImportError(f'{path} needs pyarrow: pip install "jlora[data]"') from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", record
+    except ArrowInvalid as error:
+        raise DataError(f"{path}: not Parquet, or cut short: {' '.join(str(error).split())}") from None
+
+
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
+
+
+def _hub(name: str, split: str, stream: bool) -> Records:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(f'hub:{name} needs the datasets package: pip install "jlora[data]"') from None
+    name, _, config = name.partition(":")
+    try:
+        held = datasets.load_dataset(name, config or None, split=split, streaming=stream)
+    except (ValueError, OSError) as error:
+        raise DataError(f"hub:{name}[{split}]: {' '.join(str(error).split())[:300]}") from None
+    for n, record in enumerate(held):
+        yield f"hub:{name}[{split}]:{n}", record
