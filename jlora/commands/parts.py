@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 import jlora
 from jlora.commands.settings import TrainConfig, say
-from jlora.data import BatchSource, Example, PackedSource, Row, bucket_lengths, tokenise_rows
+from jlora.data import BatchSource, Columns, Example, PackedSource, Row, bucket_lengths, read_rows, tokenise_rows
 from jlora.generate import GenerateConfig, generate_text
 from jlora.io import Pretrained
 from jlora.io.adapters import load_peft, read_config
@@ -47,6 +48,20 @@ def lora_settings(config: TrainConfig) -> jlora.LoraConfig:
     )
 
 
+def rows_of(config: TrainConfig, source: str) -> list[Row]:
+    """The rows of `source` by the settings' columns and templates."""
+    columns = Columns(config.columns, config.prompt, config.completion)
+    return read_rows(source, split=config.split, columns=columns, limit=config.limit)
+
+
+def digest(examples: list[Example]) -> int:
+    """A checksum of the tokens and of what carries the loss, to tell one data set from another."""
+    value = 0
+    for example in examples:
+        value = zlib.crc32(example.loss_mask.tobytes(), zlib.crc32(example.tokens.tobytes(), value))
+    return value
+
+
 def tokens_of(rows: list[Row], base: Pretrained, config: TrainConfig, name: str) -> list[Example]:
     """The rows as tokens; says how many were cut. Raises ValueError without a tokenizer."""
     if base.tokenizer is None:
@@ -69,11 +84,15 @@ def batches_of(config: TrainConfig, examples: list[Example], steps: int) -> Batc
 def objective(config: TrainConfig, base: Pretrained) -> Any:
     """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
     plain = jlora.lift(answer_sums(base.model))
-    shaped = jlora.lift(answer_sums(base.model, smoothing=config.label_smoothing, z_loss=config.z_loss))
+    options = {"smoothing": config.label_smoothing, "z_loss": config.z_loss, "neftune": config.neftune}
+    shaped = jlora.lift(answer_sums(base.model, **options))
 
     def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        dropout, lifted = (0.0, plain) if key is None else (config.dropout, shaped)
-        return lifted(jlora.combine(frozen, trained, dropout=dropout, key=key if dropout else None), batch)
+        if key is None:
+            return plain(jlora.combine(frozen, trained), batch)
+        drop, noise = jax.random.split(key)
+        params = jlora.combine(frozen, trained, dropout=config.dropout, key=drop if config.dropout else None)
+        return shaped(params, batch, noise)
 
     return sums
 

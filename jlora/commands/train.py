@@ -12,14 +12,28 @@ import numpy as np
 
 import jlora
 from jlora.commands.dry import describe
-from jlora.commands.parts import answer, batches_of, judged, made_by, objective, rates, samples, steps_of, tokens_of
+from jlora.commands.parts import (
+    answer,
+    batches_of,
+    digest,
+    judged,
+    made_by,
+    objective,
+    rates,
+    rows_of,
+    samples,
+    steps_of,
+    tokens_of,
+)
 from jlora.commands.report import picture, write_json
-from jlora.commands.settings import TrainConfig, check, run_identity, save_settings, say
-from jlora.data import BatchSource, Example, Row, bucket_lengths, read_rows, split_rows
+from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, save_settings, say
+from jlora.data import BatchSource, Example, Row, bucket_lengths, split_rows
 from jlora.io import Pretrained, load
 from jlora.io.peft import save_peft
 from jlora.train import Checkpoints, fit, init_state, make_eval_step, make_optimiser, make_train_step
 from jlora.train.report import Best, Metrics, Reporter
+
+REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots"}
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -28,15 +42,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError for bad settings, rows, or a resumption under other settings, and what `load` raises.
     """
     check(config)
-    rows = read_rows(config.data)
+    rows = rows_of(config, config.data)
     if config.eval_data:
-        train_rows, test_rows = rows, read_rows(config.eval_data)
+        train_rows, test_rows = rows, rows_of(config, config.eval_data)
     elif config.held_out >= len(rows):
         raise ValueError(f"held_out = {config.held_out} leaves nothing of the {len(rows)} rows of {config.data}")
     else:
         train_rows, test_rows = split_rows(rows, config.held_out, config.seed) if config.held_out else (rows, [])
     say(f"reading {config.model}")
-    base = load(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat, weights=not config.dry_run)
+    base = load(config.model, dtype=jnp.dtype(config.dtype), remat=REMAT[config.remat], weights=not config.dry_run)
+    wrong = {row.kind for row in (*train_rows, *test_rows)} & {"label", "preference"}
+    if wrong:
+        raise ValueError(
+            f"{config.data} holds {wrong.pop()} rows: give `prompt` and `completion` templates of its columns"
+        )
     examples = tokens_of(train_rows, base, config, config.data)
     tests = tokens_of(test_rows, base, config, config.eval_data or "held out") if test_rows else []
     lora_config, make = made_by(config, base)
@@ -84,8 +103,9 @@ def run(
     batches = batches_of(config, examples, steps).iterator()
     testing = BatchSource(tests, config.batch, bucket_lengths(tests, config.buckets)) if tests else None
 
-    checkpoints = Checkpoints(out / "checkpoints", {**run_identity(config), "examples": len(examples)})
-    found = checkpoints.restore(state) if config.resume else None
+    checkpoints = Checkpoints(out / "checkpoints", {**run_identity(config), "data_digest": digest(examples)})
+    loose = [name for name in checkpoints.run if name not in FIXED] if config.force else []
+    found = checkpoints.restore(state, allow=loose) if config.resume else None
     if found is not None:
         state, position = found
         batches.set_state(position)

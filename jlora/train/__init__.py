@@ -2,7 +2,7 @@
 
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.loop import Interrupted, evaluate, fit
-from jlora.train.loss import Sums, answer_sums, chunked_sums
+from jlora.train.loss import Sums, answer_sums, chunked_sums, example_sums
 from jlora.train.optimiser import OptimiserConfig, make_optimiser
 from jlora.train.step import TrainState, init_state, make_eval_step, make_train_step
 
@@ -15,6 +15,7 @@ __all__ = [
     "answer_sums",
     "chunked_sums",
     "evaluate",
+    "example_sums",
     "fit",
     "init_state",
     "make_eval_step",

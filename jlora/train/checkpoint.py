@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         )
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, state: TrainState, allow: Sequence[str] = ()) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, data position) of the latest checkpoint, or None where there is none. `state` gives the structure.
 
-        Raises ValueError naming each value of `run` that changed.
+        Raises ValueError naming each value of `run` that changed and is not in `allow`.
         """
         step = self.manager.latest_step()
         if step is None:
@@ -47,7 +48,7 @@ class Checkpoints:
         changed = [
             f"{key}: {meta['run'].get(key)!r} -> {self.run.get(key)!r}"
             for key in sorted({*meta["run"], *self.run})
-            if meta["run"].get(key) != self.run.get(key)
+            if meta["run"].get(key) != self.run.get(key) and key not in allow
         ]
         if changed:
             raise ValueError(f"{self.folder} holds another run ({'; '.join(changed)}): resume with its settings")

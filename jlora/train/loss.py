@@ -6,13 +6,18 @@ computes again, so no more than one [chunk, vocabulary] array of logits is alive
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jax import lax
+
+WORDS = ("embed_tokens", "wte", "word_embeddings")
+"""What families call the embedding of their tokens."""
 
 
 class Sums(NamedTuple):
@@ -64,37 +69,64 @@ def chunked_sums(
     return nll.reshape(-1)[:size], right.reshape(-1)[:size]
 
 
-def answer_sums(
-    model: Any, chunk: int = 512, smoothing: float = 0.0, z_loss: float = 0.0
-) -> Callable[[Any, dict[str, jax.Array]], Sums]:
-    """f(params, batch) -> `Sums` for a decoder with the methods `hidden` and `head`; `batch` as `data.collate` makes.
+def example_sums(
+    model: Any, chunk: int = 512, smoothing: float = 0.0, z_loss: float = 0.0, neftune: float = 0.0
+) -> Callable[..., Sums]:
+    """f(params, batch, key=None) -> `Sums` of arrays [l], one entry an example (the rest 0), for a decoder with the
+    methods `hidden` and `head`; `batch` as `data.collate` makes.
 
-    smoothing, z_loss: as in `chunked_sums`; for training, not for evaluation.
+    smoothing, z_loss: as in `chunked_sums`; neftune: as in `noisy`, where a key is given. For training only.
     A plain function of params: give it to `jlora.lift` to run it on adapted weights.
     """
 
-    def sums(params: Any, batch: dict[str, jax.Array]) -> Sums:
+    def sums(params: Any, batch: dict[str, jax.Array], key: Any = None) -> Sums:
         variables = {"params": params}
         packed = {"segment_ids": batch["segments"], "positions": batch["places"]} if "segments" in batch else {}
-        hidden = model.apply(variables, batch["tokens"], mask=batch["mask"], method="hidden", **packed)
+        with noisy(neftune, key, batch["mask"]):
+            hidden = model.apply(variables, batch["tokens"], mask=batch["mask"], method="hidden", **packed)
         picked = hidden.reshape(-1, hidden.shape[-1])[batch["positions"]]
         head = lambda h: model.apply(variables, h, method="head")
         nll, right = chunked_sums(head, picked, batch["labels"], chunk, smoothing, z_loss)
-        weights = batch["weights"]
-        example = batch["example"]
+        weights, example = batch["weights"], batch["example"]
         count = example.shape[0] + 1  # every example has a label; one more for the slots that hold none
-        labels = jax.ops.segment_sum(weights, example, count)
-        wrong = jax.ops.segment_sum(weights * (1 - right), example, count)
-        has = labels > 0
+        add = lambda x: jax.ops.segment_sum(x, example, count)
+        labels, wrong = add(weights), add(weights * (1 - right))
         earlier = jnp.concatenate([jnp.full((1,), -1, example.dtype), example[:-1]])
         first = (weights > 0) & (example != earlier)
         return Sums(
-            loss=jnp.sum(nll * weights),
-            tokens=jnp.sum(weights),
-            right=jnp.sum(right * weights),
-            exact=jnp.sum((has & (wrong == 0)).astype(jnp.float32)),
-            first=jnp.sum(first * right),
-            examples=jnp.sum(has.astype(jnp.float32)),
+            loss=add(nll * weights),
+            tokens=labels,
+            right=add(right * weights),
+            exact=((labels > 0) & (wrong == 0)).astype(jnp.float32),
+            first=add(first * right),
+            examples=(labels > 0).astype(jnp.float32),
         )
 
     return sums
+
+
+def answer_sums(
+    model: Any, chunk: int = 512, smoothing: float = 0.0, z_loss: float = 0.0, neftune: float = 0.0
+) -> Callable[..., Sums]:
+    """f(params, batch, key=None) -> `Sums` of the whole batch; the rest as in `example_sums`."""
+    each = example_sums(model, chunk, smoothing, z_loss, neftune)
+    return lambda params, batch, key=None: Sums(*(jnp.sum(x) for x in each(params, batch, key)))
+
+
+@contextmanager
+def noisy(alpha: float, key: Any, mask: jax.Array) -> Iterator[None]:
+    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(n * d) on what the embedding (named as in `WORDS`) gives
+    for the tokens of mask bool [b, s], n real tokens an example. Nothing where alpha is 0 or there is no key."""
+    if not alpha or key is None:
+        yield
+        return
+
+    def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        x = call(*args, **kwargs)
+        if context.module.name not in WORDS or context.method_name != "__call__":
+            return x
+        size = alpha / jnp.sqrt(jnp.maximum(mask.sum(-1), 1) * x.shape[-1])[:, None, None]
+        return x + (size * jax.random.uniform(key, x.shape, minval=-1, maxval=1)).astype(x.dtype)
+
+    with nn.intercept_methods(add):
+        yield

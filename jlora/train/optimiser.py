@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import optax
+import optax.contrib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class OptimiserConfig:
     """`learning_rate` is the peak; `warmup` and `clip` may be 0 for none. b1, b2: of adamw and lion."""
 
     learning_rate: float = 1e-3
-    optimiser: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Down to 0 at the last step; wsd (warm-up, stable, decay) keeps the peak for all but the last fifth."""
     warmup: int = 5
@@ -43,6 +45,12 @@ def make_schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([start, tails[config.schedule]], [config.warmup])
 
 
+def matrices(params: Any) -> Any:
+    """Muon's axes of each leaf: its last two, or None for a leaf of fewer."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree.map(lambda leaf: axes if leaf.ndim >= 2 else None, params)
+
+
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """The optax transformation for `steps` steps."""
     rate, decay = make_schedule(config, steps), config.weight_decay
@@ -50,6 +58,8 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         "adamw": lambda: optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
         "lion": lambda: optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
         "adafactor": lambda: optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None),
+        # a factor's stack axes are not a matrix's: muon takes the last two, what is no matrix goes to its adam
+        "muon": lambda: optax.contrib.muon(rate, weight_decay=decay, muon_weight_dimension_numbers=matrices),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.b1)),
     }
     inner = makers[config.optimiser]()

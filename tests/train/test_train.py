@@ -189,3 +189,72 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
             reporter.update(n, "loss 1.0")
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and err[0].startswith("train 10/20  loss 1.0  0:0") and err[0].endswith("left")
+
+
+def test_neftune_adds_the_noise_it_says_to_word_embeddings_only_with_a_key():
+    from jlora.models.llama import Llama, LlamaConfig
+    from jlora.train.loss import noisy
+
+    model = Llama(LlamaConfig(VOCAB, 32, 48, 2, 4, 2, 8))
+    tokens, mask = jnp.ones((2, 6), jnp.int32), jnp.arange(6) < jnp.array([[6], [3]])
+    params = model.init(jax.random.key(0), tokens)["params"]
+    seen = {}
+
+    def catch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.module.name == "embed_tokens" and context.method_name == "__call__":
+            seen["x"] = out
+        return out
+
+    def embedded(alpha, key):
+        with nn.intercept_methods(catch), noisy(alpha, key, mask):
+            model.apply({"params": params}, tokens, method="hidden")
+        return seen.pop("x")
+
+    batch = source()[0]
+    sums = answer_sums(model, neftune=50.0)
+    plain, again = (float(sums(params, batch, key).loss) for key in (None, jax.random.key(1)))
+    assert plain == float(answer_sums(model)(params, batch).loss) != again
+    # interceptors nest outside in, so `catch` sees what `noisy` made
+    clean, dirty = embedded(0.0, None), embedded(8.0, jax.random.key(1))
+    size = jnp.abs(dirty - clean).max(axis=(1, 2))
+    np.testing.assert_allclose(size, 8 / np.sqrt(32 * np.array([6, 3])), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_every_optimiser_lowers_the_loss_of_stacked_factors(name):
+    tx = make_optimiser(OptimiserConfig(0.01, optimiser=name, schedule="constant", warmup=0), 10)
+    goal = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    loss = lambda x: jnp.mean((x["stack"] - goal) ** 2) + jnp.mean((x["bias"] - 1) ** 2)
+    x = {"stack": jnp.zeros((3, 4, 2)), "bias": jnp.zeros(5)}
+    state, before = tx.init(x), float(loss(x))
+    for _ in range(10):
+        updates, state = tx.update(jax.grad(loss)(x), state, x)
+        x = optax.apply_updates(x, updates)
+    assert float(loss(x)) < before and float(jnp.abs(x["bias"]).max()) > 0
+
+
+def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself():
+    tx = make_optimiser(OptimiserConfig(1.0, optimiser="muon", schedule="constant", warmup=0, clip=0.0), 10)
+    x = {"stack": jnp.zeros((3, 8, 2))}
+    grads = {"stack": jax.random.normal(jax.random.key(0), (3, 8, 2)) * jnp.array([1.0, 100.0, 1e4])[:, None, None]}
+    updates, _ = tx.update(grads, tx.init(x), x)
+    spectra = np.linalg.svd(np.asarray(updates["stack"]), compute_uv=False)
+    scale = spectra / spectra.mean()
+    assert scale.min() > 0.5 and scale.max() < 1.5
+
+
+def test_force_allows_what_it_names_and_no_more(tmp_path):
+    tx = optax.sgd(0.1)
+    saved = Checkpoints(tmp_path, {"rank": 4, "rate": 1.0})
+    saved.save(init_state(PARAMS, tx), {})
+    saved.close()
+    other = Checkpoints(tmp_path, {"rank": 4, "rate": 2.0})
+    with pytest.raises(ValueError, match=r"rate: 1.0 -> 2.0"):
+        other.restore(init_state(PARAMS, tx))
+    assert other.restore(init_state(PARAMS, tx), allow=["rate"]) is not None
+    other.close()
+    other = Checkpoints(tmp_path, {"rank": 8, "rate": 2.0})
+    with pytest.raises(ValueError, match="rank: 4 -> 8"):
+        other.restore(init_state(PARAMS, tx), allow=["rate"])
+    other.close()
