@@ -115,7 +115,7 @@ def answer_sums(
 
 @contextmanager
 def noisy(alpha: float, key: Any, mask: jax.Array) -> Iterator[None]:
-    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(n * d) on what the embedding (named as in `WORDS`) gives
+    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(n * d) on what the embedding, one of `WORDS`, gives
     for the tokens of mask bool [b, s], n real tokens an example. Nothing where alpha is 0 or there is no key."""
     if not alpha or key is None:
         yield
