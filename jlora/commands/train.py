@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from jlora.commands.data import statistics
 from jlora.commands.dry import describe
+from jlora.commands.html import write_page
 from jlora.commands.parts import (
     answer,
     batches_of,
@@ -78,6 +80,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         report["plot"] = str(picture(metrics, report, out / "plot.png"))
     except ImportError as error:
         say(f"no plot: {error}")
+    data = statistics(train_rows, examples, config.max_length, config.buckets)
+    report["page"] = str(write_page(out / "report.html", report, metrics, dataclasses.asdict(config), data))
     write_json(out / "report.json", report)
     return report
 
