@@ -19,7 +19,8 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui
   background: var(--back); overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .3rem .6rem
-  .3rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; color: var(--soft) }
+  .3rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 600; color: var(--soft);
+  white-space: nowrap }
 pre { white-space: pre-wrap; margin: 0; font-size: .9rem } svg { width: 100%; height: auto }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif } .key { color: var(--soft) }
 .a { color: var(--a) } .b { color: var(--b) } .narrow { max-width: 26rem }

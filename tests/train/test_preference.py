@@ -1,0 +1,78 @@
+"""DPO and ORPO against their papers' formulas in plain numbers; the reference is the base itself."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora.data import Example
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.train import init_state, make_train_step
+from jlora.train.preference import PairSource, dpo, orpo, preference_sums
+
+MODEL = Llama(LlamaConfig(31, 32, 48, 2, 4, 2, 8))
+PARAMS = MODEL.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+RNG = np.random.default_rng(0)
+LAYOUTS = {"kernel": "sio"}
+
+
+def example(n, answer):
+    return Example(RNG.integers(1, 31, n).astype(np.int32), np.arange(n) >= n - answer)
+
+
+PAIRS = [(example(6, 2), example(9, 4)), (example(7, 3), example(5, 1)), (example(8, 3), example(8, 2))]
+BATCH = PairSource(PAIRS, 4, [16])[0]
+FROZEN, LORA = jlora.lorafy(PARAMS, 4, layouts=LAYOUTS, targets=["q_proj", "v_proj"])
+OTHER = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), LORA)
+
+
+def logp(params, one):
+    logits = MODEL.apply({"params": params}, one.tokens[None])[0]
+    at = np.flatnonzero(one.loss_mask[1:])
+    return float(sum(jax.nn.log_softmax(logits)[n, one.tokens[n + 1]] for n in at)), len(at)
+
+
+def test_dpo_is_the_formula_and_its_reference_the_base():
+    merged = jlora.merge(FROZEN, OTHER)
+    want = 0.0
+    for chosen, rejected in PAIRS:
+        margin = logp(merged, chosen)[0] - logp(PARAMS, chosen)[0] - logp(merged, rejected)[0]
+        want += math.log1p(math.exp(-0.5 * (margin + logp(PARAMS, rejected)[0])))
+    got = preference_sums(MODEL, "dpo", 0.5)(OTHER, FROZEN, BATCH, None)
+    assert float(got.examples) == 3
+    np.testing.assert_allclose(got.loss, want, rtol=1e-4)
+    start = preference_sums(MODEL, "dpo", 0.5)(LORA, FROZEN, BATCH, None)
+    np.testing.assert_allclose(start.loss, 3 * math.log(2), rtol=1e-6)
+
+
+def test_orpo_is_the_formula():
+    merged, want = jlora.merge(FROZEN, OTHER), 0.0
+    for pair in PAIRS:
+        a, b = (total / count for total, count in (logp(merged, one) for one in pair))
+        ratio = math.log(math.exp(a) / (1 - math.exp(a))) - math.log(math.exp(b) / (1 - math.exp(b)))
+        want += -a + 0.2 * math.log1p(math.exp(-ratio))
+    got = preference_sums(MODEL, "orpo", 0.2)(OTHER, FROZEN, BATCH, None)
+    np.testing.assert_allclose(got.loss, want, rtol=1e-4)
+
+
+def test_numbers():
+    loss, margin = dpo(*map(jnp.float32, (-1.0, -3.0, -2.0, -2.5)), 0.1)
+    assert float(margin) == 1.5 and float(loss) == pytest.approx(math.log1p(math.exp(-0.15)))
+    assert float(orpo(jnp.float32(-1e-9), jnp.float32(-1.0), 1.0)[0]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo"])
+def test_training_makes_the_chosen_lead(kind):
+    tx = optax.adam(3e-3)
+    sums = preference_sums(MODEL, kind)
+    state, step = init_state(LORA, tx), make_train_step(sums, tx)
+    for _ in range(40):
+        state, _ = step(state, FROZEN, BATCH)
+    after = sums(state.trained, FROZEN, BATCH, None)
+    assert float(after.right) == 3 and float(after.loss) < float(sums(LORA, FROZEN, BATCH, None).loss)
+    with pytest.raises(ValueError, match="'ppo' is not known"):
+        preference_sums(MODEL, "ppo")
