@@ -1,0 +1,211 @@
+"""`AdapterBank`: slots for adapters beside one frozen base; names in, the tree of a mixed batch out.
+
+Slot 0 is "none": zero factors, the base itself. The arrays' shapes are slots, rank and adapted weights; only when one
+of these grows does a function jitted over the tree compile again. Adding, replacing and removing write into the arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.bank.leaf import BankFactors, Method
+from jlora.lora import LoraFactors, axes_of, is_adapter
+from jlora.tree import path_of
+
+
+class BankFull(ValueError):
+    """Every slot holds an adapter in use."""
+
+
+def with_rows(tree: Any, rows: Any) -> Any:
+    """The bank's tree for a batch whose row b has the adapter of slot rows[b], i32 [b]; works inside `jit`."""
+    put = lambda entry: dataclasses.replace(entry, rows=rows) if is_adapter(entry) else entry
+    return jax.tree.map(put, tree, is_leaf=is_adapter)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def write(array: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, part.astype(array.dtype), start, axis)
+
+
+class AdapterBank:
+    """Adapters of any ranks over `params`, by key (a name, or any hashable).
+
+        bank = AdapterBank(params, capacity=8)
+        bank.add("film", lora)                                   # what `lorafy` or `load_adapter` gave
+        apply({"params": jlora.combine(params, bank.tree(["film", None, "film"]))}, tokens)   # three rows
+
+    capacity: slots for adapters; rank: of each slot. Both double, up to `most` adapters, when they do not suffice
+    (the jitted functions then compile once more); at `most` the adapter longest unused makes room.
+    method: the form of the product (`jlora/bank/leaf.py`). dtype: of the factors.
+
+    A tree taken before an `add` is spent by it: its arrays are written in place.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        capacity: int = 8,
+        rank: int = 8,
+        most: int | None = None,
+        dtype: Any = jnp.float32,
+        method: Method = "gather",
+    ) -> None:
+        if capacity < 1 or rank < 1:
+            raise ValueError(f"capacity {capacity}, rank {rank}: both are 1 or more")
+        if method not in ("gather", "dense"):
+            raise ValueError(f"method {method!r}: 'gather' or 'dense'")
+        self.capacity, self.rank, self.most = capacity, rank, capacity if most is None else most
+        if self.most < capacity:
+            raise ValueError(f"most = {most} is below the capacity {capacity}")
+        self.dtype = dtype
+        self.method: Method = method
+        self.shapes = {path_of(k): leaf.shape for k, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+        self.structure = jax.tree.structure(params)
+        self.factors: dict[str, BankFactors] = {}
+        self.slots: OrderedDict[Hashable, int] = OrderedDict()  # the longest unused first
+        self.pins: dict[Hashable, int] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.slots
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def slot(self, key: Hashable | None) -> int:
+        """The slot of an adapter (0 for None), which counts as used now. Raises KeyError if it is not here."""
+        if key is None:
+            return 0
+        self.slots.move_to_end(key)
+        return self.slots[key]
+
+    def tree(self, keys: Sequence[Hashable | None] | None = None) -> Any:
+        """What `jlora.combine` takes with the base; `keys`: the adapter of each row, None for the base alone."""
+        leaves = [self.factors.get(path) for path in self.shapes]
+        tree = jax.tree.unflatten(self.structure, leaves)
+        return tree if keys is None else with_rows(tree, jnp.asarray([self.slot(key) for key in keys], jnp.int32))
+
+    def add(self, key: Hashable, lora: Any) -> int:
+        """Put an adapter in, in the place of one of the same key; returns its slot.
+
+        Raises ValueError for anything but LoRA factors of matrices of this base, BankFull if nothing may make room.
+        """
+        if key is None:
+            raise ValueError("None is the base without an adapter: give the adapter a name")
+        entries = self.checked(key, lora)
+        rank = max((entry.lora_a.shape[-1] for entry in entries.values()), default=1)
+        slot = self.slots[key] if key in self.slots else self.free_slot()
+        if rank > self.rank:
+            while self.rank < rank:
+                self.rank *= 2
+            self.resize()
+        for path, entry in entries.items():
+            if path not in self.factors:
+                self.factors[path] = self.empty(path, entry.layout)
+        for path, held in self.factors.items():
+            self.factors[path] = self.written(held, entries.get(path), slot)
+        self.slots[key] = slot
+        self.slots.move_to_end(key)
+        return slot
+
+    def remove(self, key: Hashable) -> None:
+        """Take an adapter out. Its factors stay until the slot is written again. Raises KeyError if it is not here."""
+        del self.slots[key]
+        self.pins.pop(key, None)
+
+    def pin(self, key: Hashable | None) -> int:
+        """As `slot`; until `unpin` the adapter makes no room for another."""
+        slot = self.slot(key)
+        if key is not None:
+            self.pins[key] = self.pins.get(key, 0) + 1
+        return slot
+
+    def unpin(self, key: Hashable | None) -> None:
+        if key in self.pins:
+            self.pins[key] -= 1
+            if not self.pins[key]:
+                del self.pins[key]
+
+    # ------------------------------------------------------------ arrays
+
+    def checked(self, key: Hashable, lora: Any) -> dict[str, LoraFactors]:
+        """The entries of `lora` by path, if all are factors that fit this base."""
+        found = jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)[0]
+        entries = {path_of(keys): entry for keys, entry in found}
+        for path, entry in entries.items():
+            if not isinstance(entry, LoraFactors) or path.endswith("/embedding"):
+                kind = "an embedding" if isinstance(entry, LoraFactors) else type(entry).__name__
+                raise ValueError(f"adapter {key!r}: {path} is {kind}; a bank holds LoRA factors of matrices: merge it")
+            held = self.factors.get(path)
+            fits = path in self.shapes and len(entry.layout) == len(self.shapes[path])
+            if not fits or parts_of(entry, 0)[2] != self.shapes[path] or (held and held.layout != entry.layout):
+                want = list(self.shapes[path]) if path in self.shapes else "nothing of this name"
+                have = [list(entry.lora_a.shape), list(entry.lora_b.shape)]
+                raise ValueError(f"adapter {key!r}: {path} has factors {have}, the base {want}")
+        return entries
+
+    def free_slot(self) -> int:
+        taken = set(self.slots.values())
+        free = next((n for n in range(1, self.capacity + 1) if n not in taken), None)
+        if free is not None:
+            return free
+        if self.capacity < self.most:
+            free, self.capacity = self.capacity + 1, min(2 * self.capacity, self.most)
+            self.resize()
+            return free
+        oldest = next((key for key in self.slots if key not in self.pins), None)
+        if oldest is None:
+            raise BankFull(f"all {self.capacity} adapter slots are in use")
+        return self.slots.pop(oldest)
+
+    def empty(self, path: str, layout: str) -> BankFactors:
+        shape, width = self.shapes[path], (self.capacity + 1) * self.rank
+        stack, i, o = (tuple(shape[ax] for ax in axes_of(layout, letter)) for letter in "sio")
+        zeros = lambda *axes: jnp.zeros(axes, self.dtype)
+        a, b = zeros(*stack, width, *i), zeros(*stack, width, *o)
+        return BankFactors(a, b, None, self.capacity + 1, layout, self.method)
+
+    def resize(self) -> None:
+        """The arrays at the present capacity and rank, with what they held."""
+        for path, old in self.factors.items():
+            new, at = self.empty(path, old.layout), len(axes_of(old.layout, "s"))
+
+            def grown(x: jax.Array, like: jax.Array, at: int = at, slots: int = old.slots) -> jax.Array:
+                x = x.reshape(*x.shape[:at], slots, -1, *x.shape[at + 1 :])
+                room = [(0, 0)] * x.ndim
+                room[at], room[at + 1] = (0, self.capacity + 1 - slots), (0, self.rank - x.shape[at + 1])
+                return jnp.pad(x, room).reshape(like.shape)
+
+            self.factors[path] = dataclasses.replace(new, a=grown(old.a, new.a), b=grown(old.b, new.b))
+
+    def written(self, held: BankFactors, entry: LoraFactors | None, slot: int) -> BankFactors:
+        """`held` with an adapter's factors, or zeros, in a slot."""
+        at = len(axes_of(held.layout, "s"))
+        if entry is None:
+            a, b = (np.zeros((*x.shape[:at], self.rank, *x.shape[at + 1 :]), np.float32) for x in (held.a, held.b))
+        else:
+            a, b, _ = parts_of(entry, self.rank)
+        start = jnp.asarray(slot * self.rank, jnp.int32)
+        return dataclasses.replace(held, a=write(held.a, a, start, at), b=write(held.b, b, start, at))
+
+
+def parts_of(entry: LoraFactors, rank: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """(a [*stack, rank, *in], b [*stack, rank, *out] scaled, the weight's shape); padded with zeros up to `rank`."""
+    a, b = np.asarray(entry.lora_a, np.float32), np.asarray(entry.lora_b, np.float32)
+    at = len(axes_of(entry.layout, "s"))
+    a = np.moveaxis(a, -1, at)
+    room = lambda x: [(0, max(rank - x.shape[at], 0) if n == at else 0) for n in range(x.ndim)]
+    shape = [0] * len(entry.layout)
+    for letter, sizes in (("s", a.shape[:at]), ("i", a.shape[at + 1 :]), ("o", b.shape[at + 1 :])):
+        for ax, size in zip(axes_of(entry.layout, letter), sizes, strict=False):
+            shape[ax] = size
+    return np.pad(a, room(a)), np.pad(b * entry.scaling, room(b)), tuple(shape)

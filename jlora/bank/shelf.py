@@ -1,0 +1,58 @@
+"""More adapters than fit in memory: folders on disk by name, the ones in use in an `AdapterBank`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jlora.bank.bank import AdapterBank
+from jlora.io.adapters import load_adapter
+from jlora.io.load import Pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """An adapter on the shelf. `version` counts the files put under a name: requests of an older one keep theirs."""
+
+    name: str
+    folder: Path
+    version: int
+
+
+class Shelf:
+    """Adapters of `base` in PEFT's format, by name; read when they are wanted, least recently used out first."""
+
+    def __init__(self, base: Pretrained, bank: AdapterBank) -> None:
+        self.base, self.bank = base, bank
+        self.held: dict[str, Held] = {}
+        self.count = 0
+
+    def put(self, name: str, folder: str | Path) -> Held:
+        """Offer the adapter of `folder` as `name`, from now on. Raises what `AdapterBank.checked` and reading raise."""
+        self.bank.checked(name, self.read(Path(folder)))
+        self.count += 1
+        self.held[name] = Held(name, Path(folder), self.count)
+        return self.held[name]
+
+    def read(self, folder: Path) -> Any:
+        frozen, lora, _ = load_adapter(self.base, folder)
+        del frozen  # the base's own weights; what a file holds besides factors is refused by the bank
+        return lora
+
+    def drop(self, name: str) -> None:
+        """Offer it no longer. Raises KeyError for a name that is not held."""
+        del self.held[name]
+
+    def pin(self, held: Held | None) -> int:
+        """The slot of an adapter, read from disk if need be, kept until `unpin`. Raises BankFull without room."""
+        if held is not None and held not in self.bank:
+            for key in [k for k in self.bank.slots if isinstance(k, Held) and self.held.get(k.name) is not k]:
+                if key not in self.bank.pins:  # dropped or replaced, and no longer in use
+                    self.bank.remove(key)
+            self.bank.add(held, self.read(held.folder))
+        return self.bank.pin(held)
+
+    def unpin(self, held: Held | None) -> None:
+        """Raises nothing for one that is not pinned."""
+        self.bank.unpin(held)

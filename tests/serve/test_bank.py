@@ -1,0 +1,157 @@
+"""A row of a mixed batch is what its adapter gives alone; writing into a bank compiles nothing until it grows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.bank import AdapterBank, BankFull, Shelf, with_rows
+from jlora.io.load import load
+from jlora.io.peft import save_peft
+from jlora.models.llama import Llama, LlamaConfig
+from tests.small import small_model
+
+TOKENS = jax.random.randint(jax.random.key(9), (5, 7), 0, 15)
+
+
+def adapter(params, seed, rank=4, targets="all-linear", layouts=None):
+    _, lora = jlora.lorafy(params, rank, alpha=3.0, key=jax.random.key(seed), targets=targets, layouts=layouts)
+    keys = iter(jax.random.split(jax.random.key(seed + 100), 99))
+    random = lambda e: dataclasses.replace(e, lora_b=0.2 * jax.random.normal(next(keys), e.lora_b.shape))
+    return jax.tree.map(random, lora, is_leaf=lambda e: isinstance(e, jlora.lora.LoraFactors))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["scan", "layers"])
+def made(request):
+    config = LlamaConfig(15, 32, 48, 2, 4, 2, 8)
+    model = Llama(config, scan_layers=request.param)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    layouts = {r"layers/.*kernel": "sio"} if request.param else None
+    adapters = {
+        "a": adapter(params, 1, 4, layouts=layouts),
+        "b": adapter(params, 2, 2, ["q_proj", "v_proj"], layouts),
+        "c": adapter(params, 3, 7, "mlp", layouts),
+    }
+    return model, params, adapters
+
+
+@pytest.mark.parametrize("method", ["gather", "dense"])
+def test_each_row_is_its_adapter_alone(made, method):
+    model, params, adapters = made
+    bank = AdapterBank(params, capacity=2, rank=4, most=4, method=method)
+    for name, lora in adapters.items():
+        bank.add(name, lora)
+    assert (bank.capacity, bank.rank) == (4, 8)
+    names = ["b", None, "a", "c", "b"]
+    apply = jax.jit(jlora.lift(model.apply, strict=True))
+    out = apply({"params": jlora.combine(params, bank.tree(names))}, TOKENS)
+    for n, name in enumerate(names):
+        tree = jlora.combine(params, adapters[name]) if name else params
+        alone = apply({"params": tree}, TOKENS[n : n + 1])
+        np.testing.assert_allclose(out[n], alone[0], atol=1e-5, rtol=1e-5)
+    far = apply({"params": params}, TOKENS)
+    assert float(jnp.abs(out - far)[2].max()) > 0.05 and float(jnp.abs(out - far)[1].max()) < 1e-5
+
+
+def test_writing_compiles_nothing_until_it_grows(made):
+    model, params, adapters = made
+    bank = AdapterBank(params, capacity=3, rank=8, most=6)
+    count = []
+
+    @jax.jit
+    def run(params, tree, rows):
+        count.append(1)
+        return jlora.lift(model.apply, strict=True)({"params": jlora.combine(params, with_rows(tree, rows))}, TOKENS)
+
+    def row(name):
+        return run(params, bank.tree(), jnp.full(5, bank.slot(name), jnp.int32))[0]
+
+    bank.add("a", adapters["a"])
+    first = row("a")
+    bank.add("b", adapters["b"])
+    bank.add("a", adapters["c"])
+    assert float(jnp.abs(row("a") - first).max()) > 0.01
+    bank.remove("a")
+    bank.add("again", adapters["a"])
+    np.testing.assert_allclose(row("again"), first, atol=1e-6)
+    assert len(count) == 1
+    for n in range(3):
+        bank.add(n, adapters["b"])
+    np.testing.assert_allclose(row("again"), first, atol=1e-6)
+    assert len(count) == 2
+
+
+def test_the_longest_unused_makes_room_but_not_a_pinned_one(made):
+    _, params, adapters = made
+    bank = AdapterBank(params, capacity=2)
+    bank.add("a", adapters["a"])
+    bank.add("b", adapters["b"])
+    bank.slot("a")
+    bank.add("c", adapters["c"])
+    assert "a" in bank and "b" not in bank
+    bank.pin("a")
+    bank.pin("c")
+    with pytest.raises(BankFull, match="all 2 adapter slots"):
+        bank.add("b", adapters["b"])
+    bank.unpin("c")
+    bank.add("b", adapters["b"])
+    assert "a" in bank and "c" not in bank
+
+
+def test_what_does_not_fit_is_named(made):
+    model, params, adapters = made
+    bank = AdapterBank(params)
+    bank.add("a", adapters["a"])
+    wrong = jax.tree.map(
+        lambda e: dataclasses.replace(e, lora_a=e.lora_a[..., :-1, :]),
+        adapters["a"],
+        is_leaf=lambda e: isinstance(e, jlora.lora.LoraFactors),
+    )
+    with pytest.raises(ValueError, match=r"adapter 'x': .*kernel has factors"):
+        bank.add("x", wrong)
+    _, whole = jlora.lorafy(params, 2, targets=r".*lm_head/kernel", train=["norm"])
+    with pytest.raises(ValueError, match="merge it"):
+        bank.add("x", whole)
+    with pytest.raises(ValueError, match="2 adapter indices for a batch of 5"):
+        jlora.lift(model.apply)({"params": jlora.combine(params, bank.tree(["a", "a"]))}, TOKENS)
+    with pytest.raises(ValueError, match="no one weight"), pytest.warns(jlora.MaterialisedWarning):
+        tree = jlora.combine(params, bank.tree(["a"]))
+        jlora.lift(lambda p: jax.tree.map(jnp.sin, p))(tree)
+
+
+def test_a_shelf_reads_from_disk_and_keeps_versions(tmp_path):
+    base = load(small_model(tmp_path / "base"))
+    trees = {}
+    for n in range(3):
+        trees[n] = adapter(base.params, n, 2, layouts=base.layouts)
+        save_peft(tmp_path / f"{n}", trees[n], jlora.LoraConfig(r=2, lora_alpha=3), base.tensors, "small")
+    shelf = Shelf(base, AdapterBank(base.params, capacity=2))
+    apply = jlora.lift(base.model.apply)
+
+    def out(held):
+        rows = jnp.asarray([shelf.bank.slot(held)])
+        return apply({"params": jlora.combine(base.params, with_rows(shelf.bank.tree(), rows))}, TOKENS[:1])
+
+    def alone(n):
+        return apply({"params": jlora.combine(base.params, trees[n])}, TOKENS[:1])
+
+    old = shelf.put("film", tmp_path / "0")
+    shelf.pin(old)
+    new = shelf.put("film", tmp_path / "1")
+    shelf.pin(new)
+    np.testing.assert_allclose(out(old), alone(0), atol=1e-5)
+    np.testing.assert_allclose(out(new), alone(1), atol=1e-5)
+    third = shelf.put("third", tmp_path / "2")
+    with pytest.raises(BankFull):
+        shelf.pin(third)
+    shelf.unpin(old)
+    shelf.pin(third)
+    assert old not in shelf.bank
+    np.testing.assert_allclose(out(third), alone(2), atol=1e-5)
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
+        shelf.put("absent", tmp_path)
