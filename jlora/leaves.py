@@ -76,8 +76,9 @@ def materialise(value: Any, where: str, strict: bool) -> Any:
     text = f"the weight {value.path or '(unnamed)'} {list(value.shape)} was materialised for {where}"
     if strict:
         raise ValueError(f"{text}, which strict=True forbids: leave it out of the targets, or lift without strict")
+    dense = value.materialise()  # first: a leaf that is no weight refuses
     warnings.warn(f"{text}: exact, only slower", MaterialisedWarning, stacklevel=2)
-    return value.materialise()
+    return dense
 
 
 @jax.tree_util.register_dataclass

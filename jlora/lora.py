@@ -33,6 +33,14 @@ class Adapter:
         return type(self).__name__
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Trained trees of several methods beside one frozen tree, attached in their order (`methods/together.py`)."""
+
+    trees: tuple[Any, ...]
+
+
 def is_adapter(value: Any) -> bool:
     return isinstance(value, Adapter)
 
@@ -205,6 +213,10 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
         raise ValueError(f"dropout {dropout}: it must be at least 0 and below 1")
     if dropout and key is None:
         raise ValueError("dropout needs key=: a fresh PRNG key each step (leave both out to evaluate)")
+    if isinstance(lora, Together):
+        for n, tree in enumerate(lora.trees):
+            frozen = combine(frozen, tree, dropout=dropout, key=None if key is None else jax.random.fold_in(key, n))
+        return frozen
 
     def at(keys: Any, entry: Any, w: Any) -> Any:
         if entry is None:

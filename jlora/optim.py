@@ -38,12 +38,14 @@ def label_leaf(leaf: Any) -> Any:
     """The leaf itself with labels for its arrays; a weight that is a leaf in turn is labelled by its own."""
     children = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if not f.metadata.get("static")}
 
+    fixed = getattr(leaf, "fixed", ())
+
     def of(name: str, value: Any) -> Any:
-        return jax.tree.map(
-            lambda x: label_leaf(x) if is_implicit(x) else name if name in leaf.trainable else "frozen",
-            value,
-            is_leaf=is_implicit,
-        )
+        trains = name in leaf.trainable
+        if isinstance(value, dict) and trains:
+            return {part: of(name, x) if part not in fixed else "frozen" for part, x in value.items()}
+        label = lambda x: label_leaf(x) if is_implicit(x) else name if trains else "frozen"
+        return jax.tree.map(label, value, is_leaf=is_implicit)
 
     return dataclasses.replace(leaf, **{name: of(name, value) for name, value in children.items()})
 

@@ -1,4 +1,4 @@
-"""One table runs every method: start equals base, gradients and optimiser state only for what trains, merges, dtypes."""
+"""One table runs every method: start equals base, gradients and state only for what trains, merges, dtypes."""
 
 import warnings
 
@@ -10,7 +10,8 @@ import pytest
 from toys import KEY, TOKENS, encoder, jitter, llama, stacks
 
 import jlora
-from jlora.methods import bitfit, dora, full, ia3
+from jlora.methods import adapter, bitfit, dora, full, ia3
+from jlora.methods.together import together
 from jlora.tree import size
 
 # name: (make, tolerance of the start, whether it merges)
@@ -23,6 +24,27 @@ METHODS = {
     "top 2": (lambda p: full.top(p, 2), 2e-6, True),
     "norms": (lambda p: bitfit.norms(p), 2e-6, True),
     "bitfit": (lambda p: bitfit.make(p), 2e-6, True),
+    "houlsby": (lambda p: adapter.make(p, 3, key=KEY), 2e-6, False),
+    "pfeiffer, dropped": (lambda p: adapter.make(p, 3, kind="pfeiffer", drop=1, key=KEY), 2e-6, False),
+    "lin": (lambda p: adapter.make(p, 3, kind="lin", key=KEY), 2e-6, False),
+    "lora and norms": (
+        lambda p: together(p, lambda p: jlora.lorafy(p, 2, key=KEY, layouts=stacks(p)), bitfit.norms),
+        2e-6,
+        True,
+    ),
+    "lora twice": (lambda p: together(p, *[lambda p: jlora.lorafy(p, 2, key=KEY, layouts=stacks(p))] * 2), 2e-6, True),
+    "lora and adapters": (
+        lambda p: together(
+            p,
+            lambda p: jlora.lorafy(
+                p, 2, key=KEY, layouts=stacks(p), targets=r"q_proj|query|o_proj|attention/output/dense/kernel"
+            ),
+            lambda p: adapter.make(p, 3, kind="pfeiffer", key=KEY),
+        ),
+        2e-6,
+        False,
+    ),
+    "parallel": (lambda p: adapter.make(p, 3, kind="parallel", scaling=4.0, key=KEY), 2e-6, False),
 }
 MODELS = {"encoder": encoder, "llama": llama}
 CASES = [

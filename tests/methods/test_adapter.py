@@ -1,0 +1,95 @@
+"""Adapter layers against their formulas, what they refuse, and how many numbers train."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import KEY, TOKENS, encoder, jitter, llama
+
+import jlora
+from jlora.methods import adapter, bitfit
+from jlora.methods.together import together
+from jlora.tree import size
+
+W = jax.random.normal(KEY, (6, 5))
+X = jax.random.normal(jax.random.key(9), (4, 6))
+PARAMS = {"fc2": {"kernel": W, "bias": jnp.arange(5.0)}}
+
+
+def dense(p, x):
+    return x @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+
+
+def norm(h, scale, bias):
+    h = h - h.mean(-1, keepdims=True)
+    return h / jnp.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+@pytest.mark.parametrize("kind, act", [("houlsby", jax.nn.gelu), ("lin", jax.nn.relu), ("parallel", jax.nn.relu)])
+def test_formula(kind, act):
+    frozen, trained = adapter.make(PARAMS, 3, kind=kind, points="fc2", scaling=0.5, key=KEY)
+    trained = jitter(trained)
+    entry = trained["fc2"]["kernel"] if kind == "parallel" else trained["fc2"]
+    p = entry.arrays
+    y = dense(PARAMS, X)
+    h = X if kind == "parallel" else y
+    if kind == "lin":
+        h = norm(h, p["norm_scale"], p["norm_bias"])
+    want = y + 0.5 * (act(h @ p["down"] + p["down_bias"]) @ p["up"] + p["up_bias"])
+    got = jlora.lift(dense, strict=True)(jlora.combine(frozen, trained), X)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    kernel_t = lambda params, x: x @ params["fc2"]["kernel"].T
+    with pytest.raises(ValueError, match=r"fc2/kernel .* has an adapter layer"):
+        jlora.lift(kernel_t)(jlora.combine(frozen, trained), X[:, :5])
+
+
+def test_scanned_equals_loop_and_drop():
+    (loop, one), (scan, many) = encoder(False), encoder(True)
+    stacked = {path: leaf for path, leaf in jlora.tree.paths(many).items() if "layers/" in path}
+    assert len(stacked) * 3 + 3 == len(jlora.tree.paths(one))
+    many = jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: (
+            jnp.stack(
+                [jlora.tree.paths(one)[jlora.tree.path_of(keys).replace("layers/", f"layers_{n}/")] for n in (0, 1, 2)]
+            )
+            if "layers" in jlora.tree.path_of(keys)
+            else jlora.tree.paths(one)[jlora.tree.path_of(keys)]
+        ),
+        many,
+    )
+    frozen, trained = adapter.make(many, 3, drop=2, key=KEY)
+    trained = jitter(trained)
+    frozen_one, trained_one = adapter.make(one, 3, drop=2, key=KEY)
+    assert size(trained) == size(trained_one) == 2 * (2 * 8 * 3 + 3 + 8)
+    assert jlora.tree.paths(trained_one, lambda x: x is None)["layers_1/output/dense/kernel"] is None
+    rows = iter(jax.tree.leaves(trained))
+    trained_one = jax.tree.map(lambda x: next(rows)[0], trained_one)
+    got = jlora.lift(scan, strict=True)(jlora.combine(frozen, trained), TOKENS)
+    want = jlora.lift(loop, strict=True)(jlora.combine(frozen_one, trained_one), TOKENS)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_refusals():
+    _, params = llama()
+    for options, text in (
+        ({"kind": "x"}, "'x' is not known: houlsby"),
+        ({"activation": "x"}, "activation 'x'"),
+        ({"drop": 3}, "drop=3"),
+        ({"points": "nowhere"}, "'nowhere' matches no"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            adapter.make(params, 2, **options)
+    with pytest.raises(ValueError, match="width 0"):
+        adapter.make(params, 0)
+    frozen, trained = adapter.make(PARAMS, 3, points="fc2")
+    with pytest.raises(ValueError, match=r"fc2/kernel .* cannot be merged"):
+        jlora.merge(frozen, trained)
+    frozen, both = together(PARAMS, lambda p: adapter.make(p, 3, points="fc2"), bitfit.make)
+    with pytest.raises(ValueError, match="fc2/bias trains as well"):
+        jlora.combine(frozen, both)
+
+
+def test_mask_of_a_combined_tree_leaves_the_bias_out():
+    frozen, trained = adapter.make(PARAMS, 3, points="fc2")
+    mask = jlora.trainable_mask(jlora.combine(frozen, trained))
+    assert sum(jax.tree.leaves(mask)) == len(jax.tree.leaves(trained)) == 4
