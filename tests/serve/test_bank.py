@@ -119,9 +119,13 @@ def test_what_does_not_fit_is_named(made):
         bank.add("x", whole)
     with pytest.raises(ValueError, match="2 adapter indices for a batch of 5"):
         jlora.lift(model.apply)({"params": jlora.combine(params, bank.tree(["a", "a"]))}, TOKENS)
-    with pytest.raises(ValueError, match="no one weight"), pytest.warns(jlora.MaterialisedWarning):
+    with pytest.raises(ValueError, match=r"no one weight|strict=True forbids"):
         tree = jlora.combine(params, bank.tree(["a"]))
-        jlora.lift(lambda p: jax.tree.map(jnp.sin, p))(tree)
+        jlora.lift(lambda p: jax.tree.map(jnp.sin, p), strict=True)(tree)
+    with pytest.raises(ValueError, match="no one weight"):
+        next(
+            iter(e for e in jax.tree.leaves(tree, is_leaf=jlora.leaves.is_implicit) if jlora.leaves.is_implicit(e))
+        ).materialise()
 
 
 def test_a_shelf_reads_from_disk_and_keeps_versions(tmp_path):

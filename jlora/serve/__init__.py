@@ -1,0 +1,1 @@
+"""Serving: continuous batching over one base and many adapters, behind OpenAI's HTTP interface."""

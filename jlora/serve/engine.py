@@ -1,0 +1,261 @@
+"""Continuous batching: requests join and leave the running batch between two steps, each with its own adapter.
+
+One thread runs the model. Others give it requests and commands through a lock, and get events back.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.bank import AdapterBank, BankFull, Shelf
+from jlora.io.load import Pretrained
+from jlora.serve.request import Ask, Event, Request
+from jlora.serve.sample import Sampling
+from jlora.serve.slots import decode, empty, prefill
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as are allowed to."""
+
+
+class Engine:
+    """`base` with adapters, `slots` requests at a time of at most `max_length` tokens each, prompt and answer.
+
+    queue: requests that may wait. adapters: how many stay in memory; others are read from disk when asked for.
+    """
+
+    def __init__(
+        self,
+        base: Pretrained,
+        *,
+        slots: int = 8,
+        max_length: int = 1024,
+        queue: int = 64,
+        adapters: int = 8,
+        rank: int = 8,
+        smallest: int = 32,
+    ) -> None:
+        for name, value in (("slots", slots), ("queue", queue), ("adapters", adapters)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: it must be 1 or more")
+        if base.tokenizer is None:
+            raise ValueError(f"{base.source} has no tokenizer")
+        if max_length < smallest:
+            raise ValueError(f"max_length = {max_length}: at least {smallest}")
+        self.base, self.max_length, self.most_waiting = base, max_length, queue
+        # at least one adapter more than slots: a request is never kept waiting by the adapters of the others
+        self.shelf = Shelf(base, AdapterBank(base.params, capacity=max(adapters, slots + 1), rank=rank))
+        self.running: list[Request | None] = [None] * slots
+        self.state = empty(base.model, slots, max_length)
+        self.rows, self.how = np.zeros(slots, np.int32), [Ask((0,))] * slots
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.commands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
+        self.changed, self.stopping, self.failed = threading.Condition(), False, ""
+        self.smallest = smallest
+        eos = base.tokenizer.eos_token_id
+        self.ends = frozenset() if eos is None else frozenset([int(eos)])
+        self.counts: dict[str, float] = collections.defaultdict(float)
+        self.thread = threading.Thread(target=self.loop, name="jlora-engine", daemon=True)
+
+    # ------------------------------------------------------------ from any thread
+
+    def start(self) -> Engine:
+        self.thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread; requests that are not done end as cancelled."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
+        self.thread.join()
+
+    def submit(self, ask: Ask, emit: Callable[[Event], None], timeout: float = float("inf")) -> Request:
+        """Queue a request. Raises ValueError for one that cannot fit, QueueFull, RuntimeError if the engine is down."""
+        if not ask.tokens:
+            raise ValueError("the prompt has no tokens")
+        if len(ask.tokens) + ask.max_tokens > self.max_length:
+            raise ValueError(
+                f"{len(ask.tokens)} prompt tokens and {ask.max_tokens} new ones are more than the {self.max_length} "
+                "of a request's cache: shorten the prompt or lower max_tokens"
+            )
+        request = Request(ask, emit, time.monotonic() + timeout)
+        with self.changed:
+            if self.failed or self.stopping:
+                raise RuntimeError(self.failed or "the engine has stopped")
+            if len(self.waiting) >= self.most_waiting:
+                raise QueueFull(f"{self.most_waiting} requests wait already: try again later")
+            self.waiting.append(request)
+            self.changed.notify()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Its slot is free after the present step."""
+        with self.changed:
+            request.cancelled = True
+            self.changed.notify()
+
+    def ask_thread(self, command: Callable[[], Any]) -> Future[Any]:
+        """Have the engine's thread do something between two steps."""
+        future: Future[Any] = Future()
+        with self.changed:
+            if self.failed or self.stopping:
+                raise RuntimeError(self.failed or "the engine has stopped")
+            self.commands.append((command, future))
+            self.changed.notify()
+        return future
+
+    def load(self, name: str, folder: Path) -> Future[Any]:
+        """Offer an adapter, or a new one under an old name: requests that run keep the old."""
+        return self.ask_thread(lambda: self.shelf.put(name, folder))
+
+    def unload(self, name: str) -> Future[Any]:
+        return self.ask_thread(lambda: self.shelf.drop(name))
+
+    def names(self) -> list[str]:
+        return list(self.shelf.held)
+
+    def bucket(self, length: int) -> int:
+        """The padded length of a prompt: the next power of two, so that few shapes are compiled."""
+        size = self.smallest
+        while size < length:
+            size *= 2
+        return min(size, self.max_length)
+
+    # ------------------------------------------------------------ the engine's thread
+
+    def loop(self) -> None:
+        try:
+            while self.wait():
+                self.turn()
+            self.abandon("cancelled", "the server is stopping")
+        except Exception as error:  # whatever it is, those who wait must hear of it
+            self.failed = f"the engine failed: {type(error).__name__}: {error}"
+            self.abandon("error", self.failed)
+            raise
+
+    def wait(self) -> bool:
+        """Sleep until there is something to do; False to end."""
+        with self.changed:
+            while not (self.stopping or self.waiting or self.commands or any(self.running)):
+                self.changed.wait()
+            return not self.stopping
+
+    def turn(self) -> None:
+        """Commands, then those who left, at most one new prompt, and one token for everybody."""
+        while self.commands:
+            command, future = self.commands.popleft()
+            try:
+                future.set_result(command())
+            except Exception as error:
+                future.set_exception(error)
+        self.clear()
+        self.admit()
+        if any(self.running):
+            self.advance()
+
+    def clear(self) -> None:
+        now = time.monotonic()
+        for request in [*self.waiting, *filter(None, self.running)]:
+            if request.cancelled or now > request.deadline:
+                request.end("cancelled" if request.cancelled else "timeout", message="out of time")
+        with self.changed:
+            self.waiting = collections.deque(r for r in self.waiting if not r.finish)
+        for slot, request in enumerate(self.running):
+            if request is not None and request.finish:
+                self.free(slot)
+
+    def admit(self) -> None:
+        if None not in self.running or not self.waiting:
+            return
+        with self.changed:
+            request = self.waiting.popleft()
+        slot, ask = self.running.index(None), request.ask
+        try:
+            row = self.shelf.pin(ask.adapter)
+        except BankFull:
+            with self.changed:
+                self.waiting.appendleft(request)
+            return
+        except (ValueError, OSError) as error:  # the folder has gone or changed since it was offered
+            request.end("error", message=str(error))
+            return
+        self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
+        self.counts["prompt_tokens"] += len(ask.tokens)
+        tokens = np.zeros((1, self.bucket(len(ask.tokens))), np.int32)
+        tokens[0, : len(ask.tokens)] = ask.tokens
+        new, self.state = prefill(
+            self.base.model,
+            self.max_length,
+            self.base.params,
+            self.shelf.bank.tree(),
+            self.state,
+            tokens,
+            np.int32(len(ask.tokens)),
+            np.int32(slot),
+            np.asarray([row], np.int32),
+            sampling([ask]),
+        )
+        self.take(slot, int(new[0]))
+
+    def advance(self) -> None:
+        active = np.asarray([request is not None for request in self.running])
+        new, self.state = decode(
+            self.base.model,
+            self.max_length,
+            self.base.params,
+            self.shelf.bank.tree(),
+            self.state,
+            active,
+            self.rows.copy(),
+            sampling(self.how),
+        )
+        self.counts["steps"] += 1
+        for slot, token in enumerate(np.asarray(new)):
+            if active[slot]:
+                self.take(slot, int(token))
+
+    def take(self, slot: int, token: int) -> None:
+        request = self.running[slot]
+        assert request is not None
+        self.counts["generation_tokens"] += 1
+        full = len(request.ask.tokens) + len(request.new) + 1 >= self.max_length
+        if request.take(token, self.base.tokenizer, self.ends, full):
+            self.free(slot)
+
+    def free(self, slot: int) -> None:
+        request = self.running[slot]
+        assert request is not None
+        self.shelf.unpin(request.ask.adapter)
+        self.counts[f"finished_{request.finish}"] += 1
+        self.running[slot], self.how[slot], self.rows[slot] = None, Ask((0,)), 0
+
+    def abandon(self, finish: Any, message: str) -> None:
+        with self.changed:
+            self.stopping = True
+        for request in [*self.waiting, *filter(None, self.running)]:
+            if not request.finish:
+                request.end(finish, message=message)
+        for _, future in self.commands:
+            future.set_exception(RuntimeError(message))
+
+
+def sampling(asks: list[Ask]) -> Sampling:
+    """Their settings as arrays."""
+    column = lambda name, dtype: jnp.asarray([getattr(ask, name) for ask in asks], dtype)
+    return Sampling(
+        column("temperature", jnp.float32),
+        column("top_k", jnp.int32),
+        column("top_p", jnp.float32),
+        column("min_p", jnp.float32),
+        jnp.asarray([ask.seed % 2**32 for ask in asks], jnp.uint32),
+    )

@@ -1,0 +1,74 @@
+"""One request on its way through the engine: what is asked, and the text as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from jlora.generate import cut
+
+Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
+NUMBERS = itertools.count(1)
+
+
+class Event(NamedTuple):
+    """New text, and in the last event why it ended; `message` says what went wrong."""
+
+    text: str
+    finish: Finish | None = None
+    message: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What is wanted. The names are OpenAI's; top_k, min_p and seed as in vLLM. adapter: a `Shelf` entry or None."""
+
+    tokens: tuple[int, ...]
+    adapter: Any = None
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Request:
+    """An `Ask` under way. `emit` gets its `Event`s, from the engine's thread; the last one has `finish`."""
+
+    def __init__(self, ask: Ask, emit: Callable[[Event], None], deadline: float = float("inf")) -> None:
+        self.ask, self.emit, self.deadline = ask, emit, deadline
+        self.number = next(NUMBERS)
+        self.new: list[int] = []
+        self.said = 0
+        self.cancelled = False
+        self.finish: Finish | None = None
+        self.arrived, self.first = time.monotonic(), 0.0
+
+    def take(self, token: int, tokenizer: Any, ends: frozenset[int], last: bool) -> bool:
+        """Count a token in and emit what text it settles; True if the request is over. last: there is no room more."""
+        self.new.append(token)
+        self.first = self.first or time.monotonic()
+        ended = token in ends and not self.ask.ignore_eos
+        text, found = cut(tokenizer.decode(self.new, skip_special_tokens=True), self.ask.stop)
+        last |= len(self.new) >= self.ask.max_tokens
+        over = found or ended or last
+        # what may begin a stop string is held back, and so is half of a character of several bytes
+        held = max((len(word) for word in self.ask.stop), default=1) - 1
+        ready = len(text) if over else max(self.said, len(text) - held - (len(text) - len(text.rstrip("\ufffd"))))
+        piece, self.said = text[self.said : ready], max(ready, self.said)
+        if over:
+            self.end("stop" if found or ended else "length", piece)
+        elif piece:
+            self.emit(Event(piece))
+        return over
+
+    def end(self, finish: Finish, text: str = "", message: str = "") -> None:
+        """The last event."""
+        self.finish = finish
+        self.emit(Event(text, finish, message))
