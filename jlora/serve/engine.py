@@ -165,7 +165,9 @@ class Engine:
 
     def clear(self) -> None:
         now = time.monotonic()
-        for request in [*self.waiting, *filter(None, self.running)]:
+        with self.changed:  # others append to it
+            everybody = [*self.waiting, *filter(None, self.running)]
+        for request in everybody:
             if request.cancelled or now > request.deadline:
                 request.end("cancelled" if request.cancelled else "timeout", message="out of time")
         with self.changed:
