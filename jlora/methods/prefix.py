@@ -1,0 +1,255 @@
+"""Prefix tuning: trained vectors that the model reads before (or inside) its input (Li & Liang 2021, 2101.00190).
+
+Embedding (PreEmbed of Hu et al., section 5.1; prompt tuning of Lester et al. 2021): ids past the vocabulary stand for
+trained embeddings, before the prompt (prefix) or anywhere else (infix). d * n numbers train.
+Layer (PreLayer): at the first n columns every layer's keys and values are made from trained activations, by the frozen
+projections. L * d * n numbers train, as the paper counts them.
+P-tuning's reparameterisation: the embeddings are a small network's outputs, which `settle` then keeps alone.
+
+The model is not edited: the embedding answers for more ids than it has rows, and the products with the key and value
+weights replace their input's first columns. Masks, positions and the cache are the model's own; the caller gives it n
+more columns (`columns`) and drops their outputs (`with_prefix`). Departures: the trained activations of a layer stand
+after its LayerNorm; infixes are of the embedding alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.following import FollowingLeaf, Labels, Product
+from jlora.leaves import RANK, ImplicitLeaf, is_implicit
+from jlora.lora import Adapter, axes_of, leaf_key
+from jlora.methods.plant import leaves_of, plant
+from jlora.methods.points import find, layout_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LongerTable(ImplicitLeaf):
+    """An embedding [v, d] that also answers for the ids v, v + 1, ... with `rows` [n, d]; else it is the embedding."""
+
+    w: Any
+    rows: Any
+    path: str = dataclasses.field(default="", metadata={"static": True})
+
+    rules: ClassVar[dict[str, Callable[..., Any]]] = {}
+    trainable: ClassVar[tuple[str, ...]] = ("rows",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+    def materialise(self) -> jax.Array:
+        return self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
+
+    def shard_specs(self, spec: Any) -> Any:
+        w = self.w.shard_specs(spec) if is_implicit(self.w) else spec
+        return None if w is None else dataclasses.replace(self, w=w, rows=jax.sharding.PartitionSpec())
+
+
+def lookup(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, index: Any) -> Any:
+    """Whole rows by id (`jnp.take`, `table[ids]`): the trained ones where the id lies past the table."""
+    dims = eqn.params["dimension_numbers"]
+    whole = tuple(eqn.params["slice_sizes"]) == (1, leaf.shape[1])
+    if position != 0 or not whole or dims.start_index_map != (0,) or dims.offset_dims != (index.ndim - 1,):
+        return NotImplemented
+    ids = index[..., 0]
+    past = ids >= leaf.shape[0]
+    found = bind(leaf.w, jnp.where(past[..., None], 0, index))
+    rows = leaf.rows.astype(found.dtype)[jnp.clip(ids - leaf.shape[0], 0, len(leaf.rows) - 1)]
+    return jnp.where(past[..., None], rows, found)
+
+
+def passed(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) -> Any:
+    """A product (a tied head), a transpose: the extra rows take no part."""
+    leaf = operands[position]
+    return bind(*(leaf.w if n == position else x for n, x in enumerate(operands)))
+
+
+def cast(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
+    return dataclasses.replace(leaf, w=bind(leaf.w), rows=leaf.rows.astype(eqn.params["new_dtype"]))
+
+
+LongerTable.rules.update({"gather": lookup, "convert_element_type": cast, "dot_general": passed, "transpose": passed})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefixLeaf(FollowingLeaf):
+    """A weight whose input's first n columns are replaced by trained ones, `beside["prefix"]` [s, n, i]."""
+
+    rules: ClassVar[dict[str, Any]] = {
+        k: v for k, v in FollowingLeaf.rules.items() if k not in ("broadcast_in_dim", "add", "mul")
+    }
+
+    def allows_cut(self, axis: int) -> bool:
+        return True
+
+    def before(self, x: Any, product: Product) -> Any:
+        """Columns: the last axis of x that is not summed. An input no longer than the prefix is a step of a cache."""
+        prefix, labels = self.beside["prefix"], self.labels("prefix")
+        inputs = tuple(ax for ax in labels if ax in product.summed)
+        free = [n for n, ax in enumerate(product.x) if ax >= self.ndim]
+        if set(product.summed) != set(inputs) or not inputs or not free:
+            return NotImplemented
+        at, n = free[-1], prefix.shape[labels.index(RANK)]
+        if x.shape[at] <= n:
+            return x
+        wanted = tuple(RANK if m == at else ax for m, ax in enumerate(product.x))
+        order = sorted(range(len(labels)), key=lambda m: wanted.index(labels[m]))
+        there = jnp.expand_dims(jnp.transpose(prefix, order), [m for m, ax in enumerate(wanted) if ax not in labels])
+        rest = jax.lax.slice_in_dim(x, n, x.shape[at], axis=at)
+        there = jnp.broadcast_to(there.astype(x.dtype), (*x.shape[:at], n, *x.shape[at + 1 :]))
+        return jnp.concatenate([there, rest], at)
+
+    def materialise(self) -> jax.Array:
+        raise ValueError(f"{self.path} {list(self.shape)} has a prefix, which is no weight: it cannot be merged")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefixRows(Adapter):
+    """Trained embeddings [n, d] for the ids past an embedding's last, as they are or as a network's outputs.
+
+    network: {"first" [e, h], "second" [h, d]}: rows [n, e] go through tanh(rows · first) · second, or None.
+    """
+
+    rows: Any
+    network: Any = None
+
+    def settled(self) -> PrefixRows:
+        if self.network is None:
+            return self
+        first, second = self.network["first"], self.network["second"]
+        return PrefixRows(jnp.tanh(self.rows @ first) @ second)
+
+    def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> LongerTable:
+        return LongerTable(w, self.settled().rows, path)
+
+    def describe(self) -> str:
+        return f"{self.rows.shape[0]} virtual tokens"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefixLayer(Adapter):
+    """Trained activations [s, n, i] from which the weights `names` of one module make their first n columns."""
+
+    prefix: Any
+    axes: Labels = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
+        out = dict(w)
+        for name in self.names:
+            module, leaf = name.split("/")
+            whole = PrefixLeaf(w[module][leaf], {"prefix": self.prefix}, (("prefix", self.axes),), f"{path}/{name}")
+            out[module] = {**out[module], leaf: whole}
+        return out
+
+    def describe(self) -> str:
+        return f"{self.prefix.shape[-2]} columns of {', '.join(self.names)}"
+
+
+def embedding(
+    params: Any,
+    n: int,
+    *,
+    table: str | None = None,
+    like: Any = None,
+    hidden: int | None = None,
+    dtype: Any = jnp.float32,
+    key: Any = None,
+) -> tuple[Any, Any]:
+    """(frozen, trained): n trained embeddings at the ids v .. v + n - 1 of the embedding [v, d] at path `table`.
+
+    table: found by its name if there is one embedding. like: i32 [n], ids whose embeddings they start as; rows drawn
+    at random if not given. hidden: P-tuning's network of that width between (`settle` ends it).
+    """
+    leaves, key = leaves_of(params), jax.random.key(0) if key is None else key
+    named = [p for p in leaves if p.endswith(("embed_tokens/embedding", "word_embeddings/embedding", "wte/embedding"))]
+    table = table or (named[0] if len(named) == 1 else "")
+    if table not in leaves or len(leaves[table].shape) != 2:
+        raise ValueError(
+            f"table={table!r} is no embedding [v, d]: name it by its path ({', '.join(list(leaves)[:4])}, ...)"
+        )
+    w = leaves[table]
+    if n < 1:
+        raise ValueError(f"{n} virtual tokens: at least 1 is needed")
+    if like is None:
+        like = jax.random.choice(leaf_key(key, table), w.shape[0], (n,), replace=n > w.shape[0])
+    if len(like) != n:
+        raise ValueError(f"like has {len(like)} ids for {n} virtual tokens")
+    dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
+    rows, network = dense[jnp.asarray(like)].astype(dtype), None
+    if hidden:
+        ones = jax.random.split(leaf_key(key, f"{table} network"))
+        draw = lambda k, m, o: (jax.random.normal(k, (m, o)) / m**0.5).astype(dtype)
+        network = {"first": draw(ones[0], w.shape[1], hidden), "second": draw(ones[1], hidden, w.shape[1])}
+    return plant(params, {table: (w, PrefixRows(rows, network))})
+
+
+def layer(
+    params: Any, n: int, *, layouts: Mapping[str, Any] | None = None, dtype: Any = jnp.float32, key: Any = None
+) -> tuple[Any, Any]:
+    """(frozen, trained): n trained columns for every attention's keys and values, drawn from N(0, 1).
+
+    Raises ValueError where key and value weights are not found side by side (`points.POINTS` names them).
+    """
+    leaves, key = leaves_of(params), jax.random.key(0) if key is None else key
+    if n < 1:
+        raise ValueError(f"{n} columns: at least 1 is needed")
+    modules: dict[str, list[str]] = {}
+    for path in find(("key", "value"), leaves, layouts, "points"):
+        *module, name, leaf = path.split("/")
+        modules.setdefault("/".join(module), []).append(f"{name}/{leaf}")
+    made: dict[str, tuple[Any, Any]] = {}
+    for module, names in modules.items():
+        if len(names) != 2:
+            raise ValueError(f"{module} has {names}: a key's and a value's weight are needed side by side")
+        w = leaves[f"{module}/{names[0]}"]
+        layout = layout_of(f"{module}/{names[0]}", w, layouts)
+        stack, inputs = axes_of(layout, "s"), axes_of(layout, "i")
+        shape = (*(w.shape[ax] for ax in stack), n, *(w.shape[ax] for ax in inputs))
+        drawn = jax.random.normal(leaf_key(key, module), shape).astype(dtype)
+        made[module] = (None, PrefixLayer(drawn, (*stack, RANK, *inputs), tuple(names)))
+    return plant(params, made)
+
+
+def settle(trained: Any) -> Any:
+    """`trained` with every network of P-tuning replaced by its outputs: the same function, less to keep."""
+    rows = lambda x: isinstance(x, PrefixRows)
+    return jax.tree.map(lambda x: x.settled() if rows(x) else x, trained, is_leaf=rows)
+
+
+def columns(tokens: jax.Array, mask: Any, n: int, first_id: int) -> tuple[jax.Array, jax.Array]:
+    """(tokens [b, n + s], mask [b, n + s]): the ids first_id .. first_id + n - 1 before every row, all real.
+
+    first_id: the vocabulary's size for `embedding`, for `layer` any id (its embedding is computed and not used).
+    """
+    head = jnp.broadcast_to(first_id + jnp.arange(n, dtype=tokens.dtype), (tokens.shape[0], n))
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    return jnp.concatenate([head, tokens], 1), jnp.concatenate([jnp.ones(head.shape, bool), mask], 1)
+
+
+def with_prefix(apply: Callable[..., Any], n: int, first_id: int, *, step: int = 1) -> Callable[..., Any]:
+    """`apply(params, tokens [b, s], mask) -> [b, s, ...]` with n more columns before, and their outputs dropped.
+
+    step: 0 for a layer's prefix, whose ids are all `first_id`.
+    """
+
+    def run(params: Any, tokens: jax.Array, mask: Any = None) -> Any:
+        tokens, mask = columns(tokens, mask, n, first_id)
+        tokens = tokens if step else tokens.at[:, :n].set(first_id)
+        return apply(params, tokens, mask)[:, n:]
+
+    return run

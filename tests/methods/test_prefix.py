@@ -1,0 +1,146 @@
+"""Prefixes against the same thing written out: embeddings joined, keys and values replaced, a cache, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import CONFIG, KEY, TOKENS, encoder, jitter, stacks
+
+import jlora
+from jlora.methods import prefix
+from jlora.methods.together import together
+from jlora.models.llama import Llama
+from jlora.tree import size
+
+N = 3
+V = CONFIG.vocab_size
+
+
+def llama(scan=True, config=CONFIG):
+    model = Llama(config, scan_layers=scan)
+    params = model.init(KEY, TOKENS)["params"]
+    return model, params, lambda p, t, m=None: model.apply({"params": p}, t, mask=m)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_virtual_ids_read_as_the_tokens_they_start_as(scan):
+    _, params, apply = llama(scan)
+    like = jnp.array([5, 9, 2])
+    frozen, trained = prefix.embedding(params, N, like=like)
+    assert size(trained) == N * CONFIG.hidden_size
+    lifted = jlora.lift(prefix.with_prefix(apply, N, V), strict=True)
+    got = jax.jit(lifted)(jlora.combine(frozen, trained), TOKENS)
+    real = jnp.concatenate([jnp.broadcast_to(like, (2, N)), TOKENS], 1)
+    np.testing.assert_allclose(got, apply(params, real)[:, N:], atol=1e-5)
+    infix = real.at[:, 4].set(V + 1)  # one inside the text, trained
+    moved = jlora.lift(apply, strict=True)(jlora.combine(frozen, trained), infix)
+    np.testing.assert_allclose(moved, apply(params, real.at[:, 4].set(9)), atol=1e-5)
+    grad = jax.grad(lambda t: lifted(jlora.combine(frozen, t), TOKENS).sum())(trained)
+    assert all(jnp.abs(row).max() > 0 for row in jax.tree.leaves(grad)[0])
+    tied = jlora.merge(frozen, trained)
+    jax.tree.map(np.testing.assert_array_equal, tied, params)
+
+
+def test_reparameterised_then_settled():
+    _, params, apply = llama()
+    frozen, trained = prefix.embedding(params, N, hidden=8)
+    d = CONFIG.hidden_size
+    assert size(trained) == N * d + 2 * 8 * d
+    settled = prefix.settle(trained)
+    assert size(settled) == N * d
+    run = jlora.lift(prefix.with_prefix(apply, N, V), strict=True)
+    one, two = (run(jlora.combine(frozen, t), TOKENS) for t in (trained, settled))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layer_prefix_that_repeats_the_model_changes_nothing(scan):
+    """With each layer's own normalised inputs as its trained columns the outputs are those of real tokens."""
+    _, params, apply = llama(scan)
+    like = jnp.array([5, 9, 2])
+    real = jnp.concatenate([like[None], TOKENS[:1]], 1)
+    seen = []
+
+    def watch(next_fun, args, kwargs, context):
+        if context.module.name in ("k_proj",) and context.method_name == "__call__":
+            seen.append(args[0][0, :N])
+        return next_fun(*args, **kwargs)
+
+    import flax.linen as nn
+
+    loop = params if not scan else None
+    one = Llama(CONFIG, scan_layers=False)
+    loop = loop or {
+        **{k: v for k, v in params.items() if k != "layers"},
+        **{f"layers_{n}": jax.tree.map(lambda x, n=n: x[n], params["layers"]) for n in range(3)},
+    }
+    with nn.intercept_methods(watch):
+        one.apply({"params": loop}, real)
+    assert len(seen) == 3
+    frozen, trained = prefix.layer(params, N, layouts=stacks(params) if scan else None)
+    assert size(trained) == 3 * CONFIG.hidden_size * N
+    places = iter(seen)
+    own = jax.tree.map(lambda x: jnp.stack(seen) if scan else next(places), trained)
+    run = jlora.lift(prefix.with_prefix(apply, N, 0, step=0), strict=True)
+    got = run(jlora.combine(frozen, own), TOKENS[:1])
+    np.testing.assert_allclose(got, apply(params, real)[:, N:], atol=1e-5)
+    assert jnp.abs(run(jlora.combine(frozen, trained), TOKENS[:1]) - got).max() > 1e-2
+    grads = jax.grad(lambda t: jnp.sum(run(jlora.combine(frozen, t), TOKENS) ** 2))(trained)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match=r"has a prefix.*cannot be merged"):
+        jlora.merge(frozen, trained)
+
+
+def test_encoder_and_padding():
+    """An encoder takes it too; in a decoder padding before the prompt changes nothing."""
+    apply, params = encoder()
+    frozen, trained = prefix.layer(params, 2)
+    run = jlora.lift(lambda p, t: apply(p, prefix.columns(t, None, 2, 0)[0])[:, 2:], strict=True)
+    a, b = (run(jlora.combine(frozen, t), TOKENS) for t in (trained, jitter(trained)))
+    assert jnp.abs(a - b).max() > 1e-3
+    _, params, apply = llama()
+    frozen, trained = prefix.layer(params, N)
+    run = jlora.lift(prefix.with_prefix(apply, N, 0, step=0), strict=True)
+    tuned = jlora.combine(frozen, trained)
+    padded = jnp.concatenate([jnp.zeros((2, 2), TOKENS.dtype), TOKENS], 1)
+    mask = jnp.arange(9) >= 2
+    got = run(tuned, padded, jnp.broadcast_to(mask, (2, 9)))[:, 2:]
+    np.testing.assert_allclose(got, run(tuned, TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["embedding", "layer", "both with lora"])
+def test_steps_with_a_cache_equal_the_whole(how):
+    model, params, apply = llama()
+    makes = {
+        "embedding": [lambda p: prefix.embedding(p, N)],
+        "layer": [lambda p: prefix.layer(p, N)],
+        "both with lora": [
+            lambda p: jlora.lorafy(p, 2, key=KEY, layouts=stacks(p)),
+            lambda p: prefix.embedding(p, N),
+            lambda p: prefix.layer(p, N),
+        ],
+    }[how]
+    frozen, trained = together(params, *makes)
+    tuned = jlora.combine(frozen, jitter(trained, 0.2))
+    tokens, _ = prefix.columns(TOKENS, None, N, V)
+    tokens = tokens if how != "layer" else tokens.at[:, :N].set(0)
+    whole = jlora.lift(apply, strict=True)(tuned, tokens)
+    step = jlora.lift(lambda p, t, cache: model.apply({"params": p}, t, cache=cache), strict=True)
+    logits, cache = step(tuned, tokens[:, :6], model.init_cache(2, 16))
+    got = [logits]
+    for n in range(6, tokens.shape[1]):
+        logits, cache = step(tuned, tokens[:, n : n + 1], cache)
+        got.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(got, 1), whole, atol=2e-5)
+
+
+def test_refusals():
+    _, params, _ = llama()
+    with pytest.raises(ValueError, match="table='x' is no embedding"):
+        prefix.embedding(params, 2, table="x")
+    with pytest.raises(ValueError, match="like has 1 ids for 2"):
+        prefix.embedding(params, 2, like=jnp.array([1]))
+    with pytest.raises(ValueError, match="0 virtual tokens"):
+        prefix.embedding(params, 0)
+    with pytest.raises(ValueError, match="side by side"):
+        prefix.layer({"a": {"k_proj": {"kernel": jnp.ones((2, 2))}}, "b": {"v_proj": {"kernel": jnp.ones((2, 2))}}}, 2)
