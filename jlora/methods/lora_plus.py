@@ -5,7 +5,7 @@ lr(B) = ratio * lr(A); the paper advises a ratio near 16. Departure: whatever el
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -34,5 +34,9 @@ def lora_plus(
     make_tx: Callable[[float], optax.GradientTransformation], learning_rate: float, ratio: float = 16.0
 ) -> optax.GradientTransformation:
     """The optimiser `make_tx(rate)` (`optax.adamw`, say) at `learning_rate`, and at `ratio` times that for every B."""
-    transforms = {"a": make_tx(learning_rate), "b": make_tx(ratio * learning_rate), "frozen": keep()}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "a": make_tx(learning_rate),
+        "b": make_tx(ratio * learning_rate),
+        "frozen": keep(),
+    }
     return optax.partition(transforms, labels)
