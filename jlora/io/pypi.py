@@ -64,9 +64,6 @@ def snippets(domain: str) -> PipFile:
     )
 
 
-MOVIE_REVIEWS = snippets("movieReviewSnippets")
-
-
 def cache_folder() -> Path:
     """`$JLORA_CACHE`, else `~/.cache/jlora`."""
     return Path(os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora").expanduser()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jlora.data import Columns, DataError, classes_of, movie_rows, parse_snippets, read_rows, split_rows
+from jlora.data import Columns, DataError, classes_of, parse_snippets, rated_rows, read_rows, split_rows
 from jlora.data.rows import parse_row
 
 
@@ -52,7 +52,7 @@ def test_snippets(tmp_path):
     path = tmp_path / "movie.txt"
     path.write_bytes(b"1\t2.25\tA joy.\r\n2\t-0.5\tMeh.\r\n3\t-1.0\tA bore.\r\n")
     assert parse_snippets(path)[1] == (-0.5, "Meh.")
-    assert [(r.prompt, r.completion) for r in movie_rows(path)] == [
+    assert [(r.prompt, r.completion) for r in rated_rows(path)] == [
         ("Review: A joy.\nSentiment:", " positive"),
         ("Review: A bore.\nSentiment:", " negative"),
     ]
