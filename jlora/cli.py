@@ -19,6 +19,8 @@ COMMANDS = {
     "merge": ("jlora.commands.merge", "MergeConfig", "merge_command"),
     "export": ("jlora.commands.export", "ExportConfig", "export_command"),
     "data": ("jlora.commands.data", "DataConfig", "data_command"),
+    "plan": ("jlora.plan", "PlanConfig", "run"),
+    "doctor": ("jlora.doctor", "DoctorConfig", "run"),
     "demo": ("jlora.demo", "DemoConfig", "demo"),
 }
 """Name: (module, dataclass of its settings, function of them). A module is imported when its command runs."""
@@ -98,7 +100,9 @@ def table(result: Any, indent: str = "") -> str:
         return str(result)
     lines = []
     for name, value in result.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name == "side_by_side":
+            lines += grid(value)
+        elif isinstance(value, dict):
             lines += [f"{indent}{name}:", table(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(f"{indent}{name}:")
@@ -106,6 +110,29 @@ def table(result: Any, indent: str = "") -> str:
         else:
             lines.append(f"{indent}{name}: {value:.4g}" if isinstance(value, float) else f"{indent}{name}: {value}")
     return "\n".join(lines)
+
+
+def grid(columns: dict[str, dict[str, Any]]) -> list[str]:
+    """{column: results of one kind} as lines, a figure a line; a figure that a column lacks is left empty."""
+
+    def flat(result: dict[str, Any], before: str = "") -> dict[str, str]:
+        out: dict[str, str] = {}
+        for name, value in result.items():
+            if isinstance(value, dict):
+                out |= flat(value, f"{before}{name}.")
+            else:
+                out[before + name] = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return out
+
+    held = {name: flat(result) for name, result in columns.items()}
+    names = list(dict.fromkeys(name for column in held.values() for name in column))
+    rows = [["", *held], *([name, *(column.get(name, "") for column in held.values())] for name in names)]
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *rest = sizes
+    return [
+        row[0].ljust(first) + "".join(cell.rjust(size + 2) for cell, size in zip(row[1:], rest, strict=True))
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from jlora.plan import estimate as by_formula
 from jlora.plan.known import GIB, topology
-from jlora.plan.setting import PlanConfig, Setting, setting
+from jlora.plan.setting import METHODS, PlanConfig, Setting, setting
 from jlora.plan.tpu import compile_for
 from jlora.tree import paths, size
 
@@ -71,9 +71,15 @@ def parameters(config: PlanConfig, made: Setting) -> dict[str, int]:
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
-    """`jlora plan`: one plan, or one a method side by side with `compare`."""
-    first = plan(config)
-    if not config.compare:
-        return first
-    others = [plan(dataclasses.replace(config, method=name, compare=())) for name in config.compare]  # pyright: ignore[reportArgumentType]
-    return {"plans": [first, *others]}
+    """`jlora plan`: one plan, or with `compare` {side_by_side: {method: its plan}}.
+
+    Raises ValueError for a method that is not known, and what `plan` raises.
+    """
+    asked = [name for given in config.compare for name in given.replace(" ", "").split(",") if name]
+    wrong = [name for name in asked if name not in METHODS]
+    if wrong:
+        raise ValueError(f"compare: {wrong[0]!r} is no method: {', '.join(METHODS)}")
+    if not asked:
+        return plan(config)
+    names: Any = dict.fromkeys([config.method, *asked])
+    return {"side_by_side": {name: plan(dataclasses.replace(config, method=name, compare=())) for name in names}}

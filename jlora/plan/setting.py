@@ -15,6 +15,8 @@ from jlora.models import family
 from jlora.plan.known import config_of, topology
 from jlora.train import TrainState, answer_sums, make_train_step
 
+METHODS = ("lora", "merged", "full", "qlora")
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
@@ -42,7 +44,7 @@ class PlanConfig:
     compile: bool = False
     """Ask the TPU compiler, if libtpu is installed: nothing runs, no TPU is needed."""
     compare: tuple[str, ...] = ()
-    """Other methods to put beside this one."""
+    """Other methods to put beside this one: full,merged,qlora."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""Plans against counts taken from the papers and by hand, and one real compilation for TPUs that are not there."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jlora.cli import main
+from jlora.plan import PlanConfig, compile_for, plan
+from jlora.plan.estimate import estimate, room
+from jlora.plan.known import topology
+from jlora.plan.setting import setting
+
+LLAMA_8B = 8_030_261_248  # parameters of the released Meta-Llama-3-8B
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+}
+
+
+def test_trees_are_counted_exactly():
+    told = plan(PlanConfig())
+    d, f, kv = 4096, 14336, 1024
+    factors = 32 * 16 * (2 * (d + d) + 2 * (d + kv) + 3 * (d + f))
+    assert (told["parameters"]["base"], told["parameters"]["trained"]) == (LLAMA_8B, factors)
+    assert told["GB_a_device"]["base"] == pytest.approx(LLAMA_8B * 2 / 8 / 1e9, rel=1e-3)  # norms are whole everywhere
+    assert told["GB_a_device"]["optimiser"] == pytest.approx(2 * told["GB_a_device"]["trained"], rel=1e-4)
+    assert told["adapter_MB_at_16_bits"] == factors * 2 / 1e6
+
+
+def test_gpt3_as_in_the_paper():
+    lora = plan(PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, targets=("c_attn",), rank=4))
+    assert lora["parameters"]["base"] == pytest.approx(175e9, rel=0.01)
+    assert lora["parameters"]["trained"] == 2 * 4 * 96 * 2 * 12288  # r = 4 on q and on v, section 4.2
+    assert lora["adapter_MB_at_16_bits"] / 1.048576 == pytest.approx(35, rel=0.05)
+    assert 9_000 < lora["parameters"]["trained_share_1_in"] < 10_000
+
+
+def test_flops_are_six_a_parameter_and_token_for_full_and_a_third_less_for_lora():
+    full, lora = (
+        plan(PlanConfig(method=method, remat="none", seq=128, targets=("q_proj", "v_proj")))
+        for method in ("full", "lora")
+    )
+    counted = 6 * (LLAMA_8B - 128256 * 4096) * 8 * 128 / 1e12  # the embedding is looked up, not multiplied
+    assert full["TFLOP_a_step"] == pytest.approx(counted, rel=0.05)
+    assert lora["TFLOP_a_step"] / full["TFLOP_a_step"] == pytest.approx(2 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["batch", "seq"])
+def test_the_largest_fits_and_the_next_does_not(name):
+    config = PlanConfig(topology="v5e:2x4")
+    largest = plan(config)[f"largest_{name}"]
+    total = lambda n: estimate(config_with(n), setting(config_with(n)))["total"]
+    config_with = lambda n: dataclasses.replace(config, **{name: n})
+    limit = room(topology(config.topology))
+    assert total(largest) <= limit < total(largest + (8 if name == "batch" else 128))
+
+
+def test_the_command_puts_methods_side_by_side(capsys):
+    main(["plan", "--model", "llama-3-8b", "--topology", "v5e:2x4", "--compare", "full,merged,qlora", "--json"])
+    plans = json.loads(capsys.readouterr().out)["side_by_side"]
+    assert list(plans) == ["lora", "full", "merged", "qlora"]
+    held = {name: told["GB_a_device"] for name, told in plans.items()}
+    assert held["qlora"]["base"] < 0.4 * held["lora"]["base"]
+    assert held["full"]["optimiser"] > 10 * held["lora"]["optimiser"] and held["full"]["base"] == 0
+    assert held["full"]["total"] > held["merged"]["total"] > held["lora"]["total"] > held["qlora"]["total"]
+    main(["plan", "--compare", "full", "qlora"])
+    rows = {line.split("  ")[0]: line.split()[-3:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["GB_a_device.base"][1] == "0"
+
+
+def test_what_cannot_be_planned_is_said(capsys):
+    for args, said in (
+        (["--model", "llama-9"], "'llama-9' is no config.json"),
+        (["--topology", "v9:2x2"], "write CHIP:SHAPE"),
+        (["--batch", "6"], "a batch of 6 does not split into 8"),
+        (["--compare", "fast"], "'fast' is no method"),
+        (["--topology", "h100:8", "--compile"], "GPUs are planned by formula"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["plan", *args])
+        assert end.value.code == 1 and said in capsys.readouterr().err
+    main(["plan", "--topology", "h100:8", "--json"])
+    assert "no compiler to ask for a GPU" in json.loads(capsys.readouterr().out)["by"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(the plan, what the TPU compiler says) of a tiny model on four v5e chips."""
+    pytest.importorskip("libtpu", reason='pip install "jlora[tpu]" brings the compiler')
+    file = tmp_path_factory.mktemp("tiny") / "config.json"
+    file.write_text(json.dumps(TINY))
+    config = PlanConfig(model=str(file), topology="v5e:2x2", rank=4, batch=8, seq=256, mesh="data=-1")
+    return plan(config), compile_for(config)
+
+
+def test_the_tpu_compiler_moves_the_adapter_alone(compiled):
+    told, program = compiled
+    gradients = told["parameters"]["trained"] * 2  # in bfloat16, as the products are
+    assert program["collectives"] == {"all-reduce": gradients + 6 * 4}  # and `Sums`
+    assert program["estimated_cycles"] > 0
+
+
+def test_arguments_are_estimated_to_the_byte(compiled):
+    told, program = compiled
+    held = sum(told["GB_a_device"][kind] for kind in ("base", "trained", "optimiser")) * 1e9
+    assert program["arguments"] == pytest.approx(held, rel=0.03)  # and the batch
