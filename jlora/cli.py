@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("jlora.commands.generate", "GenerateCommand", "generate_command"),
     "chat": ("jlora.commands.generate", "ChatCommand", "chat_command"),
     "merge": ("jlora.commands.merge", "MergeConfig", "merge_command"),
+    "mix": ("jlora.commands.mix", "MixConfig", "mix_command"),
     "export": ("jlora.commands.export", "ExportConfig", "export_command"),
     "data": ("jlora.commands.data", "DataConfig", "data_command"),
     "plan": ("jlora.plan", "PlanConfig", "run"),
