@@ -12,6 +12,7 @@ from jlora.tree import Targets, near, select
 POINTS = {
     "key": r"(^|/)(k_proj|key|key_proj|k_lin)/[^/]+$",
     "value": r"(^|/)(v_proj|value|value_proj|v_lin)/[^/]+$",
+    "fused": r"(^|/)(c_attn|query_key_value|qkv_proj|Wqkv)/[^/]+$",
     "attention out": r"(^|/)(o_proj|out_proj|out_lin|attention/output/dense|attn/c_proj)/[^/]+$",
     "mlp in": r"(^|/)(up_proj|gate_proj|intermediate/dense|mlp/c_fc|fc1|lin1)/[^/]+$",
     "mlp out": r"(^|/)(down_proj|(?<!attention/)output/dense|mlp/c_proj|fc2|lin2)/[^/]+$",

@@ -15,6 +15,7 @@ after its LayerNorm; infixes are of the embedding alone.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from jlora.following import FollowingLeaf, Labels, Product
 from jlora.leaves import RANK, ImplicitLeaf, is_implicit
 from jlora.lora import Adapter, axes_of, leaf_key
 from jlora.methods.plant import leaves_of, plant
-from jlora.methods.points import find, layout_of
+from jlora.methods.points import POINTS, find, layout_of
 
 
 @jax.tree_util.register_dataclass
@@ -203,18 +204,20 @@ def layer(
 ) -> tuple[Any, Any]:
     """(frozen, trained): n trained columns for every attention's keys and values, drawn from N(0, 1).
 
+    A fused weight (GPT-2's c_attn) makes their queries too, which nothing reads.
     Raises ValueError where key and value weights are not found side by side (`points.POINTS` names them).
     """
     leaves, key = leaves_of(params), jax.random.key(0) if key is None else key
     if n < 1:
         raise ValueError(f"{n} columns: at least 1 is needed")
     modules: dict[str, list[str]] = {}
-    for path in find(("key", "value"), leaves, layouts, "points"):
+    fused = any(re.search(POINTS["fused"], path) for path in leaves)
+    for path in find("fused" if fused else ("key", "value"), leaves, layouts, "points"):
         *module, name, leaf = path.split("/")
         modules.setdefault("/".join(module), []).append(f"{name}/{leaf}")
     made: dict[str, tuple[Any, Any]] = {}
     for module, names in modules.items():
-        if len(names) != 2:
+        if len(names) != (1 if fused else 2):
             raise ValueError(f"{module} has {names}: a key's and a value's weight are needed side by side")
         w = leaves[f"{module}/{names[0]}"]
         layout = layout_of(f"{module}/{names[0]}", w, layouts)
