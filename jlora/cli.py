@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": ("jlora.commands.merge", "MergeConfig", "merge_command"),
     "mix": ("jlora.commands.mix", "MixConfig", "mix_command"),
     "export": ("jlora.commands.export", "ExportConfig", "export_command"),
+    "serve": ("jlora.commands.serve", "ServeConfig", "serve_command"),
     "data": ("jlora.commands.data", "DataConfig", "data_command"),
     "plan": ("jlora.plan", "PlanConfig", "run"),
     "doctor": ("jlora.doctor", "DoctorConfig", "run"),

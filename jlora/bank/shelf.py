@@ -13,11 +13,15 @@ from jlora.io.load import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """An adapter on the shelf. `version` counts the files put under a name: requests of an older one keep theirs."""
+    """An adapter on the shelf. `version` counts the files put under a name: requests of an older one keep theirs.
+
+    `stamp`: what the file was like then, by which a file written over is told.
+    """
 
     name: str
     folder: Path
     version: int
+    stamp: tuple[int, ...] = ()
 
 
 class Shelf:
@@ -29,10 +33,21 @@ class Shelf:
         self.count = 0
 
     def put(self, name: str, folder: str | Path) -> Held:
-        """Offer the adapter of `folder` as `name`, from now on. Raises what `AdapterBank.checked` and reading raise."""
-        self.bank.checked(name, self.read(Path(folder)))
+        """Offer the adapter of `folder` as `name`, from now on. Raises what `examine` raises."""
+        return self.offer(name, Path(folder), self.examine(Path(folder)))
+
+    def examine(self, folder: Path) -> tuple[int, ...]:
+        """Read an adapter and see that it fits; its stamp. Changes nothing, so any thread may.
+
+        Raises what `AdapterBank.checked` and reading raise.
+        """
+        stamp = stamp_of(folder)
+        self.bank.checked(folder.name, self.read(folder))
+        return stamp
+
+    def offer(self, name: str, folder: Path, stamp: tuple[int, ...]) -> Held:
         self.count += 1
-        self.held[name] = Held(name, Path(folder), self.count)
+        self.held[name] = Held(name, folder, self.count, stamp)
         return self.held[name]
 
     def read(self, folder: Path) -> Any:
@@ -45,14 +60,29 @@ class Shelf:
         del self.held[name]
 
     def pin(self, held: Held | None) -> int:
-        """The slot of an adapter, read from disk if need be, kept until `unpin`. Raises BankFull without room."""
+        """The slot of an adapter, read from disk if need be, kept until `unpin`.
+
+        Raises BankFull without room, ValueError where the file is no longer the one that was offered.
+        """
         if held is not None and held not in self.bank:
             for key in [k for k in self.bank.slots if isinstance(k, Held) and self.held.get(k.name) is not k]:
                 if key not in self.bank.pins:  # dropped or replaced, and no longer in use
                     self.bank.remove(key)
-            self.bank.add(held, self.read(held.folder))
+            lora = self.read(held.folder)
+            if stamp_of(held.folder) != held.stamp:
+                raise ValueError(f"{held.folder} was written over since it was loaded as {held.name!r}: load it again")
+            self.bank.add(held, lora)
         return self.bank.pin(held)
 
     def unpin(self, held: Held | None) -> None:
         """Raises nothing for one that is not pinned."""
         self.bank.unpin(held)
+
+
+def stamp_of(folder: Path) -> tuple[int, ...]:
+    """Number, size and time of the weights' file; () where there is none, which reading then says."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            stat = (folder / name).stat()
+            return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return ()

@@ -115,14 +115,22 @@ class Engine:
         return future
 
     def load(self, name: str, folder: Path) -> Future[Any]:
-        """Offer an adapter, or a new one under an old name: requests that run keep the old."""
-        return self.ask_thread(lambda: self.shelf.put(name, folder))
+        """Offer an adapter, or a new one under an old name: requests that run keep the old.
+
+        The file is read here, in the caller's thread. Raises what `Shelf.examine` raises.
+        """
+        stamp = self.shelf.examine(folder)
+        return self.ask_thread(lambda: self.shelf.offer(name, folder, stamp))
 
     def unload(self, name: str) -> Future[Any]:
         return self.ask_thread(lambda: self.shelf.drop(name))
 
     def names(self) -> list[str]:
         return list(self.shelf.held)
+
+    def wait_seconds(self) -> int:
+        """When a request that found the queue full had better come back."""
+        return 1 + len(self.waiting) // len(self.running)
 
     def bucket(self, length: int) -> int:
         """The padded length of a prompt: the next power of two, so that few shapes are compiled."""

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import queue
+import socket
+import threading
+import time
 
+import httpx
 import jax
+import uvicorn
 
 import jlora
 from jlora.generate import GenerateConfig, generate, pad_left
 from jlora.io.adapters import load_adapter
 from jlora.io.load import load
 from jlora.io.peft import save_peft
+from jlora.serve.app import Limits, Server
+from jlora.serve.engine import Engine
+from jlora.serve.folders import Folders
 from jlora.serve.request import Ask
 from tests.small import small_model
 
@@ -66,3 +74,44 @@ class Asked:
             text += event.text
             if event.finish:
                 return text, event.finish
+
+
+class Served:
+    """A server on a free port of the loopback."""
+
+    def __init__(self, base, folder, key=None, limits=None, **engine):
+        self.base, self.folder = base, folder
+        self.engine = Engine(base, **{"slots": 3, "max_length": 64, "queue": 20, "adapters": 4, "smallest": 4} | engine)
+        for name in NAMES:
+            self.engine.shelf.put(name, folder / name)
+        self.engine.start()
+        app = Server(self.engine, "small", Folders([folder]), limits or Limits(), key).app()
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        until(lambda: self.server.started)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def post(self, path, headers=None, **body):
+        return self.http.post(path, json=body, headers=headers)
+
+    def raw(self, headers, body):
+        """A socket on which a completion has been asked for."""
+        raw = socket.create_connection(self.url.removeprefix("http://").split(":"))
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\r\n\r\n"
+        raw.sendall((head + body).encode())
+        return raw
+
+    def close(self):
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.engine.thread.is_alive()
+
+
+def until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "it did not come true in 30 s"
+        time.sleep(0.01)

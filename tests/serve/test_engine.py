@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from jlora.sampling import truncate
 from jlora.serve import slots as slots_module
 from jlora.serve.engine import Engine, QueueFull
 from jlora.serve.sample import Sampling, draw
-from tests.serve.parts import NAMES, PROMPTS, Asked, made, offline
+from tests.serve.parts import NAMES, PROMPTS, Asked, made, offline, until
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +23,6 @@ def served(tmp_path_factory):
     yield base, folder, engine
     engine.stop()
     assert not engine.thread.is_alive()
-
-
-def until(true):
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end, "it did not come true in 30 s"
-        time.sleep(0.005)
 
 
 def test_mixed_requests_are_each_as_offline(served):

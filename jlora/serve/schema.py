@@ -1,0 +1,223 @@
+"""OpenAI's request bodies as `Ask`s, and the answers' JSON. What is not supported is refused, never ignored.
+
+Names and defaults: https://platform.openai.com/docs/api-reference; top_k, min_p and ignore_eos as in vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.serve.request import Ask
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+}
+"""Fields that would change the answer, and the values under which they do not."""
+
+MOST_STOPS, LONGEST_STOP = 8, 256
+
+
+class BadRequest(ValueError):
+    """What is wrong with a request; `param`: the field, `status` and `code` as OpenAI answers."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The body's JSON object. Raises BadRequest."""
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        held = json.loads(body, parse_constant=no_constant)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise BadRequest(f"the body is a JSON {type(held).__name__}; an object is expected")
+    return held
+
+
+def number(body: Mapping[str, Any], name: str, default: Any, least: float, most: float, whole: bool = False) -> Any:
+    """A field's number in [least, most]; null is the default. Raises BadRequest."""
+    value = body.get(name)
+    if value is None:
+        return default
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        what = "a whole number" if whole else "a number"
+        raise BadRequest(f"{name} must be {what} from {least:g} to {most:g}, got {str(value)[:40]}", name)
+    return value
+
+
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value not in (None, True, False) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        raise BadRequest(f"{name} must be true or false, got {str(value)[:40]}", name)
+    return bool(value)
+
+
+def text_of(value: Any, name: str) -> str:
+    """Raises BadRequest for anything but text that has a UTF-8 form (JSON can spell half of a surrogate pair)."""
+    if not isinstance(value, str):
+        raise BadRequest(f"{name} must be text, got {type(value).__name__}", name)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"{name} holds half of a surrogate pair: it is not Unicode text", name) from None
+    return value
+
+
+def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
+    value = body.get("stop")
+    held = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(held, list) or len(held) > MOST_STOPS:
+        raise BadRequest(f"stop must be text or a list of at most {MOST_STOPS}", "stop")
+    words = tuple(text_of(word, "stop") for word in held)
+    if any(not 0 < len(word) <= LONGEST_STOP for word in words):
+        raise BadRequest(f"a stop string has 1 to {LONGEST_STOP} characters", "stop")
+    return words
+
+
+def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The conversation; a content in parts becomes their text. Raises BadRequest."""
+    held = body.get("messages")
+    if not isinstance(held, list) or not held:
+        raise BadRequest("messages must be a list of {role, content}", "messages")
+    out = []
+    for n, message in enumerate(held):
+        at = f"messages[{n}]"
+        if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
+            raise BadRequest(f"{at}.role must be system, developer, user or assistant", "messages")
+        content = message.get("content")
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                raise BadRequest(f"{at}.content has parts that are not text: this model reads text", "messages")
+            content = "".join(text_of(part.get("text"), f"{at}.content") for part in content)
+        role = "system" if message["role"] == "developer" else message["role"]
+        out.append({"role": role, "content": text_of(content, f"{at}.content")})
+    return out
+
+
+def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabulary: int) -> list[int]:
+    """The prompt's tokens, made as in training: a begin token only where the tokenizer adds one. Raises BadRequest."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise BadRequest("this model has no chat template: use /v1/completions", "messages")
+        try:
+            text = tokenizer.apply_chat_template(messages_of(body), tokenize=False, add_generation_prompt=True)
+        except BadRequest:
+            raise
+        except Exception as error:  # templates raise what they like, of roles in the wrong order for one
+            raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list):
+        if not prompt or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
+            raise BadRequest(f"prompt must be one text, or tokens from 0 to {vocabulary - 1}", "prompt")
+        return prompt
+    tokens = list(tokenizer(text_of(prompt, "prompt"), add_special_tokens=False)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos, *tokens] if bos is not None and getattr(tokenizer, "add_bos_token", False) else tokens
+
+
+def ask_of(body: Mapping[str, Any], tokens: list[int], adapter: Any, chat: bool, room: int) -> Ask:
+    """The settings of a request whose prompt is read. room: tokens of prompt and answer together. Raises BadRequest."""
+    for name, neutral in NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and value not in neutral:
+            raise BadRequest(f"{name} = {str(value)[:40]} is not supported here", name)
+    if not tokens:
+        raise BadRequest("the prompt is empty", "messages" if chat else "prompt")
+    left = room - len(tokens)
+    if left < 1:
+        raise BadRequest(
+            f"the prompt has {len(tokens)} tokens; with one of the answer at most {room} fit",
+            "messages" if chat else "prompt",
+            code="context_length_exceeded",
+        )
+    # chat: as much as fits, /v1/completions: 16, as OpenAI's
+    named = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    count = number(body, named, left if chat else min(16, left), 1, 2**31, whole=True)
+    if count > left:
+        raise BadRequest(
+            f"{len(tokens)} prompt tokens and {named} = {count} are more than the {room} that fit",
+            named,
+            code="context_length_exceeded",
+        )
+    seed = number(body, "seed", None, -(2**63), 2**64, whole=True)
+    return Ask(
+        tuple(tokens),
+        adapter,
+        max_tokens=count,
+        temperature=float(number(body, "temperature", 1.0, 0, 100)),
+        top_k=max(number(body, "top_k", 0, -1, 2**31 - 1, whole=True), 0),  # -1 is vLLM's "all"
+        top_p=float(number(body, "top_p", 1.0, 1e-6, 1)),
+        min_p=float(number(body, "min_p", 0.0, 0, 1)),
+        seed=secrets.randbits(32) if seed is None else seed,
+        stop=stops(body),
+        ignore_eos=flag(body, "ignore_eos"),
+    )
+
+
+def error_json(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Answer:
+    """The JSON of one answer, whole or in pieces."""
+
+    def __init__(self, model: str, chat: bool, prompt_tokens: int) -> None:
+        self.chat, self.prompt = chat, prompt_tokens
+        self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"}
+        self.tail = {"created": int(time.time()), "model": model}
+
+    def usage(self, new: int) -> dict[str, int]:
+        return {"prompt_tokens": self.prompt, "completion_tokens": new, "total_tokens": self.prompt + new}
+
+    def whole(self, text: str, finish: str, new: int) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+        return {**self.head, "object": kind, **self.tail, "choices": [choice], "usage": self.usage(new)}
+
+    def piece(self, text: str | None, finish: str | None = None, first: bool = False) -> dict[str, Any]:
+        """text None: no more of it."""
+        delta = {"role": "assistant"} if first else {}
+        said: dict[str, Any] = {"delta": {**delta, **({} if text is None else {"content": text})}}
+        choice = {"index": 0, **(said if self.chat else {"text": text or ""}), "logprobs": None}
+        return {**self.head, "object": self.kind, **self.tail, "choices": [{**choice, "finish_reason": finish}]}
+
+    def last(self, new: int) -> dict[str, Any]:
+        """The piece of `stream_options: {include_usage: true}`."""
+        return {**self.head, "object": self.kind, **self.tail, "choices": [], "usage": self.usage(new)}
+
+    @property
+    def kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"

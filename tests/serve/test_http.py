@@ -1,0 +1,256 @@
+"""The server over real sockets, asked by OpenAI's own client and by raw HTTP: what it answers, refuses and frees."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+
+import openai
+import pytest
+
+from jlora.serve.app import Limits
+from jlora.serve.folders import Folders
+from tests.serve.parts import NAMES, Served, made, offline, until
+
+PROMPT = "Review : good film"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("http"))
+
+
+@pytest.fixture(scope="module")
+def served(place):
+    served = Served(*place)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def want(served, name, prompt=PROMPT, count=16):
+    tokenizer = served.base.tokenizer
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    new = offline(served.base, served.folder / name if name != "small" else None, tokens, count)
+    return tokenizer.decode(new, skip_special_tokens=True), len(tokens), new
+
+
+def test_the_openai_client_gets_each_adapters_own_answer(served, client):
+    answers = set()
+    for name in ("small", *NAMES):
+        text, prompt, new = want(served, name)
+        one = client.completions.create(model=name, prompt=PROMPT, temperature=0)
+        ended = new[-1] == served.base.tokenizer.eos_token_id
+        assert (one.choices[0].text, one.choices[0].finish_reason) == (text, "stop" if ended else "length")
+        assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (prompt, len(new))
+        pieces = list(client.completions.create(model=name, prompt=PROMPT, temperature=0, stream=True))
+        assert "".join(p.choices[0].text for p in pieces) == text and len(pieces) >= len(text.split())
+        assert [p.choices[0].finish_reason for p in pieces if p.choices[0].finish_reason] == [
+            one.choices[0].finish_reason
+        ]
+        answers.add(text)
+    assert len(answers) > 2
+    assert [m.id for m in client.models.list()] == ["small", *NAMES]
+    assert client.models.retrieve("film").parent == "small"
+
+
+def test_chat_and_its_stream(served, client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "good film"}]}]
+    rendered = served.base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "good film"}], tokenize=False, add_generation_prompt=True
+    )
+    text, prompt, new = want(served, "news", rendered, 12)
+    one = client.chat.completions.create(model="news", messages=messages, temperature=0, max_completion_tokens=12)
+    assert (one.choices[0].message.role, one.choices[0].message.content) == ("assistant", text)
+    stream = client.chat.completions.create(
+        model="news",
+        messages=messages,
+        temperature=0,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *pieces, last = list(stream)
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == text
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.choices) == (prompt, len(new), [])
+    long = client.chat.completions.create(model="news", messages=messages, extra_body={"ignore_eos": True})
+    assert long.usage.total_tokens == 64  # as much as fits
+
+
+def test_sampling_seed_and_stop(served, client):
+    def draw(more=None, **settings):
+        how = {"model": "film", "prompt": PROMPT, "temperature": 2.0, "max_tokens": 20} | settings
+        return client.completions.create(**how, extra_body={"ignore_eos": True, **(more or {})}).choices[0]
+
+    assert draw(seed=7).text == draw(seed=7).text
+    assert len({draw().text for _ in range(4)}) > 1
+    best = draw(temperature=0).text
+    assert draw({"top_k": 1}).text == draw({"min_p": 1.0}).text == draw(top_p=1e-6).text == best
+    word = best.split()[1]
+    cut = draw(temperature=0, stop=[word, "never"])
+    assert (cut.text, cut.finish_reason) == (best[: best.index(word)], "stop")
+
+
+BAD = [
+    ({"prompt": PROMPT}, 400, "model must be text"),
+    ({"model": "absent", "prompt": PROMPT}, 404, "does not exist"),
+    ({"model": "film"}, 400, "prompt must be text"),
+    ({"model": "film", "prompt": ""}, 400, "prompt is empty"),
+    ({"model": "film", "prompt": [1, 999]}, 400, "tokens from 0 to 14"),
+    ({"model": "film", "prompt": ["a", "b"]}, 400, "one text"),
+    ({"model": "film", "prompt": "\ud800"}, 400, "surrogate"),
+    ({"model": "film", "prompt": "film " * 64}, 400, "at most 64 fit"),
+    ({"model": "film", "prompt": PROMPT, "max_tokens": 63}, 400, "more than the 64"),
+    ({"model": "film", "prompt": PROMPT, "max_tokens": 0}, 400, "whole number from 1"),
+    ({"model": "film", "prompt": PROMPT, "max_tokens": True}, 400, "whole number"),
+    ({"model": "film", "prompt": PROMPT, "temperature": -1}, 400, "temperature must be"),
+    ({"model": "film", "prompt": PROMPT, "top_p": 0}, 400, "top_p must be"),
+    ({"model": "film", "prompt": PROMPT, "n": 2}, 400, "n = 2 is not supported"),
+    ({"model": "film", "prompt": PROMPT, "logprobs": 3}, 400, "logprobs"),
+    ({"model": "film", "prompt": PROMPT, "stop": [""]}, 400, "stop string"),
+    ({"model": "film", "prompt": PROMPT, "stream": 1}, 400, "stream must be true or false"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "says"), BAD)
+def test_bad_requests_say_what_is_wrong(served, body, status, says):
+    sent = json.dumps(body).encode()
+    answer = served.http.post("/v1/completions", content=sent, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == status and says in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_bodies_that_are_none(served, client):
+    post = lambda content, kind="application/json": served.http.post(
+        "/v1/chat/completions", content=content, headers={"content-type": kind}
+    )
+    for content in (b"", b"{", b"[1]", b'{"a": NaN}', b"\xff\xfe", b"[" * 100_000, b'{"model": 1e999}'):
+        assert post(content).status_code == 400, content[:20]
+    assert post(b"{}", "text/plain").status_code == 415
+    assert post(b" " * (Limits().body + 1)).status_code == 413
+    chunks = (b" " * 65536 for _ in range(40))
+    assert post(chunks).status_code == 413  # no content-length to tell it beforehand
+    assert served.http.get("/v1/completions").status_code == 405
+    assert served.http.get("/nothing").json()["error"]["message"].endswith("Not Found")
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="absent", prompt=PROMPT)
+    messages = [[], [{"role": "x", "content": "a"}], [{"role": "user", "content": 3}], "a"]
+    messages.append([{"role": "user", "content": [{"type": "image_url"}]}])
+    for bad in messages:
+        assert served.post("/v1/chat/completions", model="film", messages=bad).status_code == 400, bad
+
+
+def test_adapters_come_and_go_but_only_from_their_folders(served, tmp_path):
+    load = lambda name, path, **more: served.post("/v1/load_lora_adapter", lora_name=name, lora_path=path, **more)
+    folder = served.folder
+    assert load("again", "news").text == "Success: LoRA adapter 'again' added successfully."
+    ask = lambda name: served.post("/v1/completions", model=name, prompt=PROMPT, temperature=0)
+    assert ask("again").json()["choices"][0]["text"] == want(served, "news")[0]
+    assert load("again", str(folder / "film")).status_code == 400  # is there already
+    assert load("again", str(folder / "film"), load_inplace=True).status_code == 200
+    assert ask("again").json()["choices"][0]["text"] == want(served, "film")[0]
+    assert served.post("/v1/unload_lora_adapter", lora_name="again").status_code == 200
+    assert served.post("/v1/unload_lora_adapter", lora_name="again").status_code == 404
+    assert ask("again").status_code == 404
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for file in (folder / "news").iterdir():
+        (outside / file.name).write_bytes(file.read_bytes())
+    os.symlink(outside, folder / "link")
+    (folder / "half").mkdir()
+    (folder / "half" / "adapter_config.json").write_bytes((outside / "adapter_config.json").read_bytes())
+    os.symlink(outside / "adapter_model.safetensors", folder / "half" / "adapter_model.safetensors")
+    up = "/".join([".."] * 12) + str(outside)
+    said = set()
+    for path in (
+        str(outside),
+        "link",
+        "half",
+        "film/../../base",
+        up,
+        "absent",
+        "",
+        "film\0",
+        "\n",
+        "a" * 5000,
+        ".",
+        "~",
+    ):
+        answer = load("x", path)
+        assert answer.status_code == 400, path
+        said.add(answer.json()["error"]["message"].removeprefix(path[:200]))
+    assert len(said) == 1
+    for name in ("../x", "", "a b", "x" * 200, "small", 3):
+        assert load(name, "news").status_code == 400, name
+    assert [m["id"] for m in served.http.get("/v1/models").json()["data"]] == ["small", *NAMES]
+    assert set(Folders([folder]).found()) == set(NAMES)
+
+
+def slowed(monkeypatch, engine):
+    step = engine.advance
+    monkeypatch.setattr(engine, "advance", lambda: (time.sleep(0.05), step()))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_slot(served, stream, monkeypatch):
+    slowed(monkeypatch, served.engine)
+    before = served.engine.counts["finished_cancelled"]
+    body = json.dumps({"model": "film", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": stream})
+    with served.raw(f"content-length: {len(body)}", body) as raw:
+        until(lambda: any(r and len(r.new) > 2 for r in served.engine.running))
+        assert not stream or raw.recv(4096).startswith(b"HTTP/1.1 200")
+    until(lambda: not any(served.engine.running))
+    assert served.engine.counts["finished_cancelled"] == before + 1
+    assert not served.engine.shelf.bank.pins
+
+
+def test_metrics_and_health(served):
+    assert served.http.get("/health").json() == {"status": "ok"}
+    text = served.http.get("/metrics").text
+    for line in ("jlora_slots 3.0", "jlora_waiting 0.0", 'jlora_responses_total{route="/v1/completions",status="404"}'):
+        assert line in text, line
+    served.http.get("/v1/models/absent")
+    for n in range(60):
+        served.http.get(f"/nothing{n}")
+    text = served.http.get("/metrics").text
+    assert len({line for line in text.splitlines() if line.startswith("jlora_responses_total")}) < 25
+
+
+def test_key_queue_and_time(place, monkeypatch):
+    served = Served(*place, key="secret", limits=Limits(seconds=1.0, body_seconds=0.3), slots=1, queue=1)
+    right = {"authorization": "Bearer secret"}
+    post = lambda **more: served.post(
+        "/v1/completions", headers=right, model="film", prompt=PROMPT, temperature=0, **more
+    )
+    try:
+        for wrong in (None, "Bearer secre", "Basic secret", "Bearer"):
+            headers = {} if wrong is None else {"authorization": wrong}
+            answer = served.http.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            assert served.http.get("/metrics", headers=headers).status_code == 401
+        assert served.http.get("/health").status_code == 200
+        assert post().json()["choices"][0]["text"] == want(served, "film")[0]
+        with served.raw("content-length: 50\r\nauthorization: Bearer secret", "{") as raw:
+            assert raw.recv(4096).startswith(b"HTTP/1.1 408")
+        slowed(monkeypatch, served.engine)
+        answers = []
+        ask = lambda: answers.append(post(max_tokens=50, ignore_eos=True))
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {a.status_code for a in answers} == {429, 408}
+        refused = next(a for a in answers if a.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
+    finally:
+        served.close()
