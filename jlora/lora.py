@@ -204,6 +204,23 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     return base.astype(w.dtype), factors
 
 
+def on_plain_base(lora: Any, start: Any) -> Any:
+    """`lora`, begun as `start` by an init that changes the base ("pissa", "olora"), for the base as it was.
+
+    A·B - A0·B0 is [A, A0]·[B; -B0], of twice the rank. A base in less than float32 was rounded when it was changed,
+    and the result is as far from what was trained as that.
+    """
+
+    def at(now: Any, then: Any) -> Any:
+        if not isinstance(now, LoraFactors):
+            return now
+        a = jnp.concatenate([now.lora_a, then.lora_a], -1)
+        b = jnp.concatenate([now.lora_b, -then.lora_b], now.layout.count("s"))
+        return dataclasses.replace(now, lora_a=a, lora_b=b)
+
+    return jax.tree.map(at, lora, start, is_leaf=lambda x: isinstance(x, LoraFactors))
+
+
 def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) -> Any:
     """The tree a lifted function takes: adapted weights as `LoraLeaf`s, whole-trained ones from `lora`.
 

@@ -142,7 +142,7 @@ def test_packing_other_optimisers_and_early_stopping(place, tmp_path, capsys):
 
 
 def test_a_run_that_diverges_stops_with_the_batch_in_hand(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jlora.commands.train.rates", lambda config: OptimiserConfig(float("inf"), clip=0.0))
+    monkeypatch.setattr("jlora.commands.parts.rates", lambda config: OptimiserConfig(float("inf"), clip=0.0))
     args = ["train", "--model", place["model"], "--data", place["data"], "--output", str(tmp_path), "--steps", "30"]
     code, _, err = run(capsys, *args, "--bad-steps", "2", "--batch", "4")
     assert code == 1 and "3 in a row: try a lower learning rate" in err

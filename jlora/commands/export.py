@@ -21,7 +21,7 @@ class ExportConfig:
     model: str
     """Short name, Hub id, folder in Hub format, or .gguf file."""
     adapter: str
-    """Folder in PEFT's format."""
+    """Folder of the adapter."""
     output: str
     """Folder (peft, merged) or file (gguf)."""
     to: Literal["peft", "merged", "gguf"] = "peft"

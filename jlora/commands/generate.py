@@ -15,6 +15,7 @@ from jlora.commands.settings import say
 from jlora.generate import GenerateConfig, generate_text, stream
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
+from jlora.methods.columns import reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Writing:
     model: str
     """Short name, Hub id, folder in Hub format, or .gguf file."""
     adapter: str | None = None
-    """Folder in PEFT's format."""
+    """Folder of the adapter."""
     system: str | None = None
     """System message; only with a chat template."""
     max_new_tokens: int = 256
@@ -65,14 +66,15 @@ def settings(config: Writing) -> GenerateConfig:
 
 
 def ready(config: Writing) -> tuple[Pretrained, Any]:
-    """(model, params with the adapter)."""
+    """(model, params with the adapter); a prefix is part of the model."""
     base = load(config.model, dtype=jnp.dtype(config.dtype))
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     if config.adapter is None:
         return base, base.params
     frozen, lora, _ = load_adapter(base, config.adapter)
-    return base, jlora.combine(frozen, lora)
+    tuned = dataclasses.replace(base, model=reading(base.model, frozen, lora))
+    return tuned, jlora.combine(frozen, lora)
 
 
 def rendered(base: Pretrained, messages: list[dict[str, str]]) -> str:

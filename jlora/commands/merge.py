@@ -20,7 +20,7 @@ class MergeConfig:
     model: str
     """Short name, Hub id, folder in Hub format, or .gguf file."""
     adapter: str
-    """Folder in PEFT's format."""
+    """Folder of the adapter."""
     output: str
     """The new folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

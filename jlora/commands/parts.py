@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 import jlora
 from jlora.commands.settings import TrainConfig, say
 from jlora.data import BatchSource, Columns, Example, PackedSource, Row, bucket_lengths, read_rows, tokenise_rows
 from jlora.generate import GenerateConfig, generate_text
+from jlora.inits import CHANGES_BASE
 from jlora.io import Pretrained
-from jlora.io.adapters import load_peft, read_config
-from jlora.train import OptimiserConfig, answer_sums, evaluate
+from jlora.io.adapters import About, about, load_adapter, save_adapter
+from jlora.lora import on_plain_base
+from jlora.methods import named
+from jlora.methods.lora_plus import lora_plus
+from jlora.methods.prefix import settle
+from jlora.train import OptimiserConfig, answer_sums, evaluate, make_eval_step, make_optimiser
 from jlora.train.report import Reporter
 
 
@@ -25,27 +32,48 @@ def rates(config: TrainConfig) -> OptimiserConfig:
     return OptimiserConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
 
 
-def made_by(config: TrainConfig, base: Pretrained) -> tuple[jlora.LoraConfig, Callable[[Any], tuple[Any, Any]]]:
-    """(the adapter's settings, params -> (frozen, lora)): a fresh adapter, or the one to go on from."""
+def optimiser_of(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """The run's optimiser; for lora-plus B's rate is `ratio` times A's."""
+    settings = rates(config)
+    if config.adapter or "lora-plus" not in named.names_of(config.method):
+        return make_optimiser(settings, steps)
+    one = lambda rate: make_optimiser(dataclasses.replace(settings, learning_rate=rate, clip=0.0), steps)
+    both = lora_plus(one, settings.learning_rate, config.ratio)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), both) if settings.clip else both
+
+
+def method_of(config: TrainConfig) -> named.MethodConfig:
+    """The method's settings among a run's."""
+    names = {field.name for field in dataclasses.fields(named.MethodConfig)}
+    return named.MethodConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
+
+
+def made_by(config: TrainConfig, base: Pretrained) -> tuple[About, Callable[[Any], tuple[Any, Any]]]:
+    """(what the adapter is, params -> (frozen, trained)): a fresh one, or the one to go on from."""
     if config.adapter:
         folder = config.adapter
-        return read_config(folder), lambda params: load_peft(folder, params, base.tensors)[:2]
-    settings, key = lora_settings(config), jax.random.key(config.seed)
-    return settings, lambda params: jlora.lorafy(params, config=settings, key=key, layouts=base.layouts)
+        return about(folder), lambda params: load_adapter(dataclasses.replace(base, params=params), folder)[:2]
+    settings, key = method_of(config), jax.random.key(config.seed)
+    named.names_of(settings.method)
+    return settings, lambda params: named.make(params, settings, layouts=base.layouts, key=key)
 
 
-def lora_settings(config: TrainConfig) -> jlora.LoraConfig:
-    """The adapter's settings under PEFT's names."""
-    targets = config.targets[0] if len(config.targets) == 1 else list(config.targets)
-    return jlora.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=targets,
-        exclude_modules=list(config.exclude),
-        use_rslora=config.rslora,
-        init_lora_weights=config.init,
-        lora_dropout=config.dropout,
-    )
+def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Callable[..., Path]:
+    """save(folder, trained, card=...): writes the adapter for the base as it is read from its source.
+
+    start: the trained tree before the first step. P-tuning's network is replaced by what it gives.
+    """
+    settings = named.lora_config(what) if isinstance(what, named.MethodConfig) else what
+    changed = not config.adapter and settings.init_lora_weights in CHANGES_BASE
+    if changed:
+        grown = 2**0.5 if settings.use_rslora else 2
+        settings = dataclasses.replace(settings, r=2 * settings.r, lora_alpha=grown * settings.lora_alpha)
+
+    def save(folder: Path, trained: Any, card: dict[str, Any] | None = None) -> Path:
+        plain = on_plain_base(trained, start) if changed else trained
+        return save_adapter(folder, base, settle(plain), settings if changed else what, card=card)
+
+    return save
 
 
 def rows_of(config: TrainConfig, source: str) -> list[Row]:
@@ -115,6 +143,23 @@ def judged(name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSourc
     right, exact = result["first"], result["exact"]
     say(f"{name}: first token right {right:.1%}, exact answer {exact:.1%}, loss {result['loss']:.3f}")
     return result
+
+
+def first_judged(
+    config: TrainConfig,
+    base: Pretrained,
+    tuned: Pretrained,
+    judge: Any,
+    trained: Any,
+    frozen: Any,
+    testing: BatchSource,
+) -> dict[str, float]:
+    """`judged` before the first step: of the base, or of the adapter to go on from."""
+    if tuned.model is base.model or config.adapter:
+        return judged("before", judge, trained, frozen, testing)
+    # an untrained prefix is not the model that it is put before
+    nothing = jax.tree.map(lambda _: None, base.params)
+    return judged("before", make_eval_step(objective(config, base)), nothing, base.params, testing)
 
 
 def answer(base: Pretrained, params: Any, row: Row) -> str:

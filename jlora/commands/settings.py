@@ -49,8 +49,12 @@ class TrainConfig:
     packing: bool = False
     """Put several examples into a row of max_length tokens; none sees another."""
     adapter: str | None = None
-    """Go on from this adapter (a folder in PEFT's format); rank, alpha, targets and init are then its own."""
+    """Go on from this adapter (its folder); the method and its settings are then its own."""
+    method: str = "lora"
+    """lora, rslora, lora-plus, dora, pissa, olora, ia3, full, top, bitfit, norms, houlsby, pfeiffer, lin, parallel,
+    prompt, p-tuning, prefix, intrinsic, or a sum: lora+bitfit."""
     rank: int = 8
+    """Of LoRA and its kin; alpha / rank scales them."""
     alpha: float = 16.0
     targets: tuple[str, ...] = ("all-linear",)
     """Names, regexes over parameter paths, or the groups all-linear, attention, mlp."""
@@ -60,6 +64,22 @@ class TrainConfig:
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
+    ratio: float = 16.0
+    """lora-plus: the learning rate of B over that of A."""
+    width: int = 16
+    """Of adapter layers (houlsby, pfeiffer, lin, parallel)."""
+    drop: int = 0
+    """The first layers that get no adapter layer."""
+    virtual_tokens: int = 16
+    """Of prompt, p-tuning and prefix."""
+    network: int = 128
+    """Width of p-tuning's network."""
+    top_layers: int = 2
+    """Layers that train in top."""
+    dimension: int = 1000
+    """Of intrinsic."""
+    projection: Literal["fastfood", "sparse", "dense"] = "fastfood"
+    """Of intrinsic."""
     learning_rate: float = 2e-4
     """The peak."""
     optimiser: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
@@ -100,7 +120,8 @@ class TrainConfig:
 RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run", "force")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
-FIXED = ("model", "adapter", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")
+FIXED = ("model", "adapter", "method", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")
+FIXED += ("width", "drop", "virtual_tokens", "network", "top_layers", "dimension", "projection")
 """Settings that --force cannot change: the saved state would not fit, or mean something else."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from jlora.commands.parts import (
     answer,
     batches_of,
     digest,
+    first_judged,
     judged,
+    keeper,
     made_by,
     objective,
-    rates,
+    optimiser_of,
     rows_of,
     samples,
     steps_of,
@@ -31,8 +34,8 @@ from jlora.commands.report import picture, write_json
 from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, save_settings, say
 from jlora.data import BatchSource, Example, Row, bucket_lengths, split_rows
 from jlora.io import Pretrained, load
-from jlora.io.peft import save_peft
-from jlora.train import Checkpoints, fit, init_state, make_eval_step, make_optimiser, make_train_step
+from jlora.methods.columns import reading
+from jlora.train import Checkpoints, fit, init_state, make_eval_step, make_train_step
 from jlora.train.report import Best, Metrics, Reporter
 
 REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots"}
@@ -60,7 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         )
     examples = tokens_of(train_rows, base, config, config.data)
     tests = tokens_of(test_rows, base, config, config.eval_data or "held out") if test_rows else []
-    lora_config, make = made_by(config, base)
+    what, make = made_by(config, base)
     if config.dry_run:
         return describe(config, base, make, examples, tests)
     out = Path(config.output)
@@ -68,13 +71,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     save_settings(dataclasses.replace(config, resume=False), out / "settings.yaml")
     frozen, lora = make(base.params)
     say(jlora.summary(frozen, lora))
-    report = run(config, base, lora_config, frozen, lora, examples, tests, test_rows)
+    save = keeper(config, base, what, lora)
+    report = run(config, base, save, frozen, lora, examples, tests, test_rows)
     card = {"data": config.data, "steps": report["step"]}
     if "after" in report:
         card |= {f"held-out {name}": f"{report['after'][name]:.4g}" for name in ("loss", "exact")}
     trained = report.pop("trained")
-    adapter = save_peft(out / "adapter", trained, lora_config, base.tensors, base.source, card=card)
-    report["adapter"] = str(adapter)
+    report["adapter"] = str(save(out / "adapter", trained, card))
     metrics = Metrics(out / "metrics.jsonl", resume_at=report["step"]).read()
     try:
         report["plot"] = str(picture(metrics, report, out / "plot.png"))
@@ -89,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def run(
     config: TrainConfig,
     base: Pretrained,
-    lora_config: jlora.LoraConfig,
+    save: Callable[..., Path],
     frozen: Any,
     lora: Any,
     examples: list[Example],
@@ -98,9 +101,10 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate. Returns {before, after, samples, step, trained (the tree)}."""
     out = Path(config.output)
-    sums = objective(config, base)
+    tuned = dataclasses.replace(base, model=reading(base.model, frozen, lora))
+    sums = objective(config, tuned)
     steps = steps_of(config, examples)
-    tx = make_optimiser(rates(config), steps)
+    tx = optimiser_of(config, steps)
     step = make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate)
     judge = make_eval_step(sums)
     state = init_state(lora, tx)
@@ -119,10 +123,9 @@ def run(
     metrics = Metrics(out / "metrics.jsonl", int(state.step))
 
     best = Best.of(metrics.read())
-    report: dict[str, Any] = {}
     shown = [row for row in test_rows if not row.messages][: config.samples]
-    if testing:
-        report["before"] = judged("before", judge, lora, frozen, testing)
+    first = lambda rows: {"before": first_judged(config, base, tuned, judge, lora, frozen, rows)}
+    report: dict[str, Any] = first(testing) if testing else {}
     written = [answer(base, base.params, row) for row in shown]
 
     began = time.monotonic()
@@ -139,7 +142,7 @@ def run(
             found = judged(f"step {number}", judge, state.trained, frozen, testing)
             metrics.write("eval", {"step": number, **found})
             if best.better(number, found["loss"]):
-                save_peft(out / "best", state.trained, lora_config, base.tensors, base.source, card={"step": number})
+                save(out / "best", state.trained, {"step": number})
             return best.enough(config.patience)
 
         def keep_bad(batch: Any) -> str:
@@ -164,8 +167,8 @@ def run(
     if testing:
         report["after"] = judged("after", judge, state.trained, frozen, testing)
         if config.eval_every and best.better(int(state.step), report["after"]["loss"]):
-            save_peft(out / "best", state.trained, lora_config, base.tensors, base.source)
+            save(out / "best", state.trained)
         if config.eval_every:
             report["best"] = {"step": best.step, "loss": best.loss}
-    report["samples"] = samples(base, jlora.combine(frozen, state.trained), shown, written)
+    report["samples"] = samples(tuned, jlora.combine(frozen, state.trained), shown, written)
     return {**report, "step": int(state.step), "trained": state.trained}

@@ -10,19 +10,22 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import LoraConfig
+from jlora.io import plain
 from jlora.io.load import Pretrained
-from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of
-from jlora.lora import LoraFactors
+from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
+from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
+from jlora.methods.named import MethodConfig, lora_config
+from jlora.methods.plant import entries_of
 from jlora.methods.token_rows import TokenRows
 from jlora.models.tensors import HFTensor
 from jlora.tree import path_of, paths
@@ -31,8 +34,8 @@ OTHER = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B
 KINDS = (*OTHER, *OTHER.values(), MAGNITUDE)
 
 
-def read_config(folder: str | Path) -> LoraConfig:
-    """The `LoraConfig` of adapter_config.json. Raises ValueError for a peft_type or a setting that is not read here."""
+def read_json(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json. Raises FileNotFoundError without it, ValueError where it is no JSON object."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it and adapter_model.safetensors")
@@ -40,6 +43,14 @@ def read_config(folder: str | Path) -> LoraConfig:
         held = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: an object is expected, not {type(held).__name__}")
+    return held
+
+
+def read_config(folder: str | Path) -> LoraConfig:
+    """The `LoraConfig` of adapter_config.json. Raises ValueError for a peft_type or a setting that is not read here."""
+    path, held = Path(folder) / "adapter_config.json", read_json(folder)
     if held.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {held.get('peft_type')!r}; this reads 'LORA'")
     for name in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
@@ -132,7 +143,7 @@ def load_peft(
 
 def token_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """The ids of trained rows by the embedding's last name; PEFT's list means embed_tokens."""
-    held = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("trainable_token_indices")
+    held = read_json(folder).get("trainable_token_indices")
     held = {"embed_tokens": held} if isinstance(held, list) else held or {}
     return {name: tuple(int(n) for n in ids) for name, ids in held.items()}
 
@@ -190,6 +201,43 @@ def whole_of(w: Any, found: list[tuple[HFTensor, np.ndarray]], dtype: Any) -> ja
     return jnp.asarray(out, dtype)
 
 
-def load_adapter(base: Pretrained, folder: str | Path) -> tuple[Any, Any, LoraConfig]:
-    """(frozen, lora, config): the adapter of `folder` on `base`. Raises ValueError where it does not fit."""
+About: TypeAlias = LoraConfig | MethodConfig
+"""What an adapter is: LoRA's settings, or a method's by its name."""
+
+
+def about(folder: str | Path) -> About:
+    """What the adapter of `folder` is. Raises ValueError for a peft_type that is not read here."""
+    held = read_json(folder)
+    if held.get("peft_type") != plain.KIND:
+        return read_config(folder)
+    fields = {field.name for field in dataclasses.fields(MethodConfig)}
+    told = {name: value for name, value in held.get("settings", {}).items() if name in fields}
+    settings: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
+    return MethodConfig(**settings)
+
+
+def load_adapter(base: Pretrained, folder: str | Path) -> tuple[Any, Any, Any]:
+    """(frozen, trained, what it is): the adapter of `folder`, by whatever method, on `base`.
+
+    A model with a prefix is run by `methods.columns.reading`. Raises ValueError where it does not fit.
+    """
+    held = read_json(folder)
+    if held.get("peft_type") == plain.KIND:
+        return *plain.load_plain(folder, held, read_arrays(folder), base.params), about(folder)
     return load_peft(folder, base.params, base.tensors)
+
+
+def save_adapter(
+    folder: str | Path, base: Pretrained, trained: Any, about: About, *, card: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a trained tree so that `load_adapter` gives it back bit for bit: in PEFT's format where that is the same
+    thing, else in the plain form (`io/plain.py`). Returns the folder.
+    """
+    entries = {} if isinstance(trained, Together) else entries_of(trained)
+    kin = (LoraFactors, DoraFactors, TokenRows)
+    if all(isinstance(x, kin) or not is_adapter(x) for x in entries.values()) and any(
+        map(is_adapter, entries.values())
+    ):
+        config = about if isinstance(about, LoraConfig) else lora_config(about)
+        return save_peft(folder, trained, config, base.tensors, base.source, card=card)
+    return plain.save_plain(folder, trained, base.params, base.source, dataclasses.asdict(about), card or {})

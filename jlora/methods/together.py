@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jlora.lora import Together
+import jax
+
+from jlora.lora import Together, is_adapter
 
 
 def together(params: Any, *makes: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Together]:
@@ -23,3 +25,16 @@ def together(params: Any, *makes: Callable[[Any], tuple[Any, Any]]) -> tuple[Any
         params, trained = make(params)
         trees.append(trained)
     return params, Together(tuple(trees))
+
+
+def flat(trained: Any) -> Any:
+    """One tree in place of several that touch different weights, each by itself: the same function."""
+    if not isinstance(trained, Together):
+        return trained
+    end = lambda x: x is None or is_adapter(x)
+    columns = list(zip(*(jax.tree.leaves(tree, is_leaf=end) for tree in trained.trees), strict=False))
+    alike = len({jax.tree.structure(tree, is_leaf=end) for tree in trained.trees}) == 1
+    if not alike or any(sum(x is not None for x in column) > 1 for column in columns):
+        return trained
+    one = [next((x for x in column if x is not None), None) for column in columns]
+    return jax.tree.unflatten(jax.tree.structure(trained.trees[0], is_leaf=end), one)

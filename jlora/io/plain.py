@@ -1,0 +1,149 @@
+"""Any trained tree in one plain form, bit for bit: for methods, and sums of them, that PEFT has no file for.
+
+adapter_model.safetensors holds the arrays by their key paths ("layers/mlp/down_proj/kernel/down"; in a sum with the
+number of the tree before it), adapter_config.json says what each is: `peft_type` "JLORA", the method's settings, the
+shapes of the weights that are touched, and the trees, an entry a path. PEFT refuses such a folder by its `peft_type`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import jlora.methods.named  # noqa: F401  (every method's entries are known once it is imported)
+from jlora.io.peft import put
+from jlora.lora import Adapter, Together, is_adapter
+from jlora.methods.plant import entries_of, leaves_of, plant
+
+KIND, FORM = "JLORA", 1
+
+
+def save_plain(
+    folder: str | Path, trained: Any, params: Any, base: str, settings: Mapping[str, Any], card: Mapping[str, Any]
+) -> Path:
+    """Write `trained`, made for a model with the weights `params`; the folder's files are complete or absent."""
+    import ml_dtypes  # noqa: F401  (safetensors.numpy writes bfloat16 only once this is imported)
+    from safetensors.numpy import save
+
+    trees = trained.trees if isinstance(trained, Together) else (trained,)
+    arrays: dict[str, np.ndarray] = {}
+    told: list[dict[str, Any]] = []
+    for n, tree in enumerate(trees):
+        lead = f"{n}/" if len(trees) > 1 else ""
+        told.append(
+            {path: encode(entry, f"{lead}{path}".rstrip("/"), arrays) for path, entry in entries_of(tree).items()}
+        )
+    touched = {path for tree in told for path in tree}
+    shapes = {path: list(leaf.shape) for path, leaf in leaves_of(params).items() if under(path, touched)}
+    written = {
+        "peft_type": KIND,
+        "form": FORM,
+        "base_model_name_or_path": base,
+        "settings": dict(settings),
+        "weights": shapes,
+        "trees": told,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"- {name}: {value}\n" for name, value in {"base model": base, **settings, **card}.items())
+    text = f"---\nbase_model: {base}\ntags: [jlora]\n---\n\n# Adapter\n\n{lines}\nIt is read by jlora, not by PEFT.\n"
+    put(folder / "adapter_model.safetensors", save(arrays, metadata={"format": "pt"}))
+    put(folder / "README.md", text.encode())
+    put(folder / "adapter_config.json", (json.dumps(written, indent=1) + "\n").encode())
+    return folder
+
+
+def under(path: str, places: set[str]) -> bool:
+    """Whether one of `places` is this path or a module around it ("" is the whole tree)."""
+    return any(place in ("", path) or path.startswith(f"{place}/") for place in places)
+
+
+def encode(value: Any, key: str, arrays: dict[str, np.ndarray]) -> Any:
+    """What JSON can say of an entry; its arrays go to `arrays` by key."""
+    if dataclasses.is_dataclass(value):
+        fields = {
+            f.name: encode(getattr(value, f.name), f"{key}/{f.name}".lstrip("/"), arrays)
+            for f in dataclasses.fields(value)
+        }
+        return {"kind": type(value).__name__, "fields": fields}
+    if isinstance(value, Mapping):
+        return {"dict": {str(name): encode(x, f"{key}/{name}", arrays) for name, x in value.items()}}
+    if isinstance(value, tuple | list):
+        return {"tuple": [encode(x, f"{key}/{n}", arrays) for n, x in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    arrays[key] = np.asarray(value, order="C")
+    return {"array": key, "shape": list(arrays[key].shape)}
+
+
+def kinds() -> dict[str, type]:
+    """The entries there are, by name: every subclass of `Adapter` that is imported."""
+    found: dict[str, type] = {}
+    todo = [Adapter]
+    while todo:
+        cls = todo.pop()
+        found[cls.__name__] = cls
+        todo += cls.__subclasses__()
+    return found
+
+
+def decode(told: Any, arrays: Mapping[str, np.ndarray], known: Mapping[str, type]) -> Any:
+    """The value again. Raises ValueError for an entry that is not known, or an array that is missing or misshapen."""
+    if not isinstance(told, dict):
+        return told
+    if "array" in told:
+        array = arrays.get(told["array"])
+        if array is None or list(array.shape) != told["shape"]:
+            have = "missing" if array is None else list(array.shape)
+            raise ValueError(f"{told['array']} is {have}, {told['shape']} is written in adapter_config.json")
+        return jnp.asarray(array)
+    if "tuple" in told:
+        return tuple(decode(x, arrays, known) for x in told["tuple"])
+    if "dict" in told:
+        return {name: decode(x, arrays, known) for name, x in told["dict"].items()}
+    if told.get("kind") not in known:
+        raise ValueError(f"an entry of kind {told.get('kind')!r} is not known: import the module that defines it")
+    fields = {name: decode(x, arrays, known) for name, x in told["fields"].items()}
+    return known[told["kind"]](**fields)
+
+
+def load_plain(folder: str | Path, held: Mapping[str, Any], arrays: Mapping[str, np.ndarray], params: Any) -> Any:
+    """(frozen, trained) for `params` from adapter_config.json (`held`) and the arrays.
+
+    Raises ValueError for another form, weights of other shapes, and what `decode` raises.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if held.get("form") != FORM:
+        raise ValueError(f"{path}: form {held.get('form')!r} is not read here: {FORM} is")
+    shapes = {name: list(leaf.shape) for name, leaf in leaves_of(params).items()}
+    wrong = [
+        f"{name} {shape} is {shapes.get(name, 'not there')}"
+        for name, shape in held.get("weights", {}).items()
+        if shapes.get(name) != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong[:4])}{more}")
+    known, trees = kinds(), []
+    try:
+        for told in held["trees"]:
+            entries = {name: decode(entry, arrays, known) for name, entry in told.items()}
+            params, trained = planted(params, entries)
+            trees.append(trained)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from None
+    return params, trees[0] if len(trees) == 1 else Together(tuple(trees))
+
+
+def planted(params: Any, entries: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(frozen, trained) with these entries; arrays are leaves trained whole."""
+    if set(entries) == {""}:
+        return params, entries[""]
+    leaves = leaves_of(params)
+    return plant(params, {p: (leaves.get(p) if is_adapter(x) else None, x) for p, x in entries.items()})

@@ -1,0 +1,80 @@
+"""A model that reads its prefix by itself: n columns before every row, which nothing outside needs to know of.
+
+`prefix` makes the trained entries; `reading` looks them up and wraps the model, so that losses, label positions, heads
+and generation (greedy, sampled, beams) are those of the model without a prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora.leaves import RANK
+from jlora.lora import Together
+from jlora.methods.plant import entries_of, leaves_of
+from jlora.methods.prefix import PrefixLayer, PrefixRows, columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefixed:
+    """`model` (Flax Linen, with a method `hidden`) with `n` columns before its tokens, their hidden states dropped.
+
+    The columns' ids are first_id, first_id + step, ...; with a cache they are read with the first tokens only.
+    """
+
+    model: Any
+    n: int
+    first_id: int
+    step: int
+
+    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """An empty cache for `size` tokens and the columns; the first call gives back the model's own."""
+        return {"empty": self.model.init_cache(batch, size + self.n)}
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's. Raises ValueError for packed examples, which would share one prefix."""
+        with nn.intercept_methods(self.widen):
+            return self.model.apply(variables, *args, **kwargs)
+
+    def widen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        cache = kwargs.get("cache")
+        own = context.method_name == "hidden" and isinstance(context.module, type(self.model))
+        if not own or (cache is not None and "empty" not in cache):
+            return call(*args, **kwargs)
+        if kwargs.get("segment_ids") is not None or kwargs.get("positions") is not None:
+            raise ValueError("packed examples cannot have virtual tokens: give each its own row (packing off)")
+        (tokens,), options = args, dict(kwargs)
+        tokens, options["mask"] = columns(tokens, options.get("mask"), self.n, self.first_id)
+        if not self.step:
+            tokens = tokens.at[:, : self.n].set(self.first_id)
+        if (types := options.get("token_type_ids")) is not None:
+            options["token_type_ids"] = jnp.pad(types, ((0, 0), (self.n, 0)))
+        if cache is None:
+            return call(tokens, **options)[:, self.n :]
+        hidden, cache = call(tokens, **{**options, "cache": cache["empty"]})
+        return hidden[:, self.n :], cache
+
+
+def reading(model: Any, frozen: Any, trained: Any) -> Any:
+    """`model` as it must be run with the prefixes of `trained`: `Prefixed`, or itself where there are none.
+
+    Raises ValueError where an embedding's prefix and the layers' differ in length.
+    """
+    trees = trained.trees if isinstance(trained, Together) else (trained,)
+    found = [(path, entry) for tree in trees for path, entry in entries_of(tree).items()]
+    rows = {path: entry for path, entry in found if isinstance(entry, PrefixRows)}
+    layers = [entry for _, entry in found if isinstance(entry, PrefixLayer)]
+    sizes = {jax.eval_shape(entry.settled).rows.shape[0] for entry in rows.values()}
+    sizes |= {entry.prefix.shape[entry.axes.index(RANK)] for entry in layers}
+    if not sizes:
+        return model
+    if len(sizes) > 1 or len(rows) > 1:
+        raise ValueError(f"prefixes of {sorted(sizes)} columns in one model: they must be of one length")
+    if not rows:
+        return Prefixed(model, sizes.pop(), 0, 0)
+    (path,) = rows
+    return Prefixed(model, sizes.pop(), leaves_of(frozen)[path].shape[0], 1)

@@ -1,0 +1,147 @@
+"""Every method by its name and one flat set of settings: what `jlora train --method` runs.
+
+A method is a function of (params, settings, layouts, key) in `METHODS`; adding one is a line there. Names joined by +
+make a sum: "lora+bitfit", "lora+prompt", "lora+prefix" (Hu et al., appendix E), "lora+houlsby".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jlora.config import LoraConfig
+from jlora.lora import is_adapter, lorafy
+from jlora.methods import adapter, bitfit, dora, full, ia3, intrinsic, prefix
+from jlora.methods.plant import leaves_of
+from jlora.methods.points import POINTS, find
+from jlora.methods.together import flat, together
+from jlora.tree import Targets
+
+EVERY = ("all-linear",)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """What a method may be told; each reads what it knows."""
+
+    method: str = "lora"
+    rank: int = 8
+    """Of LoRA and its kin."""
+    alpha: float = 16.0
+    targets: tuple[str, ...] = EVERY
+    """Of LoRA and its kin, and IA3 where given."""
+    exclude: tuple[str, ...] = ()
+    dropout: float = 0.0
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    rslora: bool = False
+    width: int = 16
+    """Of adapter layers."""
+    drop: int = 0
+    """The first layers without an adapter layer."""
+    virtual_tokens: int = 16
+    """Of prompt, p-tuning and prefix."""
+    network: int = 128
+    """Width of p-tuning's network."""
+    top_layers: int = 2
+    dimension: int = 1000
+    """Of intrinsic, the scales counted."""
+    projection: Literal["fastfood", "sparse", "dense"] = "fastfood"
+
+
+Made = Callable[[Any, MethodConfig, Any, Any], tuple[Any, Any]]
+
+
+def lora_config(config: MethodConfig, train: Targets = ()) -> LoraConfig:
+    """LoRA's settings under PEFT's names. train: leaves to train whole."""
+    names = names_of(config.method)
+    init = next((name for name in ("pissa", "olora") if name in names), config.init)
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.targets[0] if len(config.targets) == 1 else list(config.targets),
+        exclude_modules=list(config.exclude),
+        use_rslora=config.rslora or "rslora" in names,
+        init_lora_weights=init,
+        lora_dropout=config.dropout,
+        modules_to_save=train,
+    )
+
+
+def lora(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
+    return lorafy(params, config=lora_config(c), layouts=layouts, key=key)
+
+
+def by_dora(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
+    return dora.with_magnitude(*lora(params, c, layouts, key))
+
+
+def by_ia3(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
+    if c.targets == EVERY:
+        return ia3.make(params, layouts=layouts)
+    chosen = find(c.targets, leaves_of(params), layouts, "targets")
+    inputs = {path for path in chosen if re.search(POINTS["mlp out"], path)}
+    outputs = set(chosen) - inputs
+    among = lambda names: (lambda path, leaf: path in names) if names else ()
+    return ia3.make(params, targets=among(outputs), feedforward=among(inputs), layouts=layouts)
+
+
+def by_layers(kind: str) -> Made:
+    """An adapter layer of one kind."""
+    return lambda params, c, layouts, key: adapter.make(
+        params, c.width, kind=kind, drop=c.drop, layouts=layouts, key=key
+    )
+
+
+METHODS: dict[str, Made] = {
+    "full": lambda params, c, layouts, key: full.make(params),
+    "top": lambda params, c, layouts, key: full.top(params, c.top_layers),
+    "bitfit": lambda params, c, layouts, key: bitfit.make(params, layouts=layouts),
+    "norms": lambda params, c, layouts, key: bitfit.norms(params),
+    "intrinsic": lambda params, c, layouts, key: intrinsic.make(params, c.dimension, projection=c.projection),
+    **dict.fromkeys(("lora", "rslora", "lora-plus", "pissa", "olora"), lora),
+    "dora": by_dora,
+    "ia3": by_ia3,
+    **{kind: by_layers(kind) for kind in adapter.KINDS},
+    "prompt": lambda params, c, layouts, key: prefix.embedding(params, c.virtual_tokens, key=key),
+    "p-tuning": lambda params, c, layouts, key: prefix.embedding(params, c.virtual_tokens, hidden=c.network, key=key),
+    "prefix": lambda params, c, layouts, key: prefix.layer(params, c.virtual_tokens, layouts=layouts, key=key),
+}
+"""In the order in which the parts of a sum are made: what trains leaves whole comes before what builds on them."""
+
+LORA_KIN = ("lora", "rslora", "lora-plus", "pissa", "olora", "dora")
+"""Methods whose files are PEFT's LoRA."""
+
+
+def names_of(method: str) -> list[str]:
+    """The methods of a sum, in the order in which they are made. Raises ValueError for a name that is not known."""
+    names = [name.strip() for name in method.split("+")]
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS) or list(METHODS)
+            raise ValueError(f"method {name!r} is not known: {', '.join(close)}; or a sum, as lora+bitfit")
+    if len(set(names)) < len(names):
+        raise ValueError(f"method {method!r}: each once")
+    if "full" in names and len(names) > 1:
+        raise ValueError(f"method {method!r}: full trains every weight, nothing is left to add to")
+    return sorted(names, key=list(METHODS).index)
+
+
+def make(params: Any, config: MethodConfig, *, layouts: Any = None, train: Targets = (), key: Any = None) -> Any:
+    """(frozen, trained) by `config.method`. train: leaves to train whole beside it (a new head).
+
+    Weights that train whole are kept in float32. Raises ValueError for an unknown name, and what the method raises.
+    """
+    names, key = names_of(config.method), jax.random.key(0) if key is None else key
+    one = lambda name: lambda p: METHODS[name](p, config, layouts, key)
+    parts: list[Callable[[Any], tuple[Any, Any]]] = [one(name) for name in names]
+    if (callable(train) or list(train)) and names != ["full"]:
+        parts.insert(0, lambda p: full.make(p, train=train))
+    frozen, trained = parts[0](params) if len(parts) == 1 else together(params, *parts)
+    wide = lambda x: x if is_adapter(x) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    return frozen, jax.tree.map(wide, flat(trained), is_leaf=is_adapter)

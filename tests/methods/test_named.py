@@ -1,0 +1,112 @@
+"""Every method by its name: made, written to one folder, and read back bit for bit; what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from toys import CONFIG, KEY, TOKENS, jitter
+
+import jlora
+from jlora.io import Pretrained
+from jlora.io.adapters import load_adapter, save_adapter
+from jlora.lora import on_plain_base
+from jlora.methods import named
+from jlora.models.bert import Bert, BertConfig
+from jlora.models.bert import hf_tensors as bert_tensors
+from jlora.models.llama import Llama, hf_tensors
+
+SMALL = named.MethodConfig(rank=2, width=3, virtual_tokens=3, network=5, dimension=90, targets=("attention",))
+SUMS = ["lora+bitfit", "lora+prompt", "lora+prefix", "lora+houlsby", "intrinsic+dora", "pissa+norms"]
+LLAMA = Llama(CONFIG)
+BERT = BertConfig(31, 16, 24, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def bases():
+    """A decoder, and an encoder with biases and a head."""
+    params = LLAMA.init(KEY, TOKENS)["params"]
+    decoder = Pretrained(LLAMA, params, CONFIG, None, "tiny", hf_tensors(CONFIG))
+    model = Bert(BERT, head="classify")
+    params = model.init(KEY, TOKENS)["params"]
+    return {
+        "decoder": decoder,
+        "encoder": Pretrained(model, params, BERT, None, "tiny", bert_tensors(BERT, True, "classify")),
+    }
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize("method", [*named.METHODS, *SUMS])
+def test_there_and_back(method, bases, tmp_path):
+    base = bases["encoder" if "bitfit" in method else "decoder"]
+    settings = dataclasses.replace(SMALL, method=method, targets=SMALL.targets if method != "ia3" else named.EVERY)
+    frozen, trained = named.make(base.params, settings, layouts=base.layouts, key=KEY)
+    trained = jitter(trained)
+    save_adapter(tmp_path, base, trained, settings, card={"steps": 3})
+    frozen_again, again, what = load_adapter(base, tmp_path)
+    same(again, trained)
+    if (
+        "pissa" not in method and method != "olora"
+    ):  # those change the base: `jlora train` writes them for the plain one
+        same(frozen_again, frozen)
+    held = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (held["peft_type"] == "LORA") == isinstance(what, jlora.LoraConfig)
+    assert (held["peft_type"] == "LORA") == (method in (*named.LORA_KIN, "lora+bitfit", "pissa+norms"))
+    if held["peft_type"] == "JLORA":
+        assert what == settings
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_changed_bases_are_written_for_the_plain_one(bases):
+    base = bases["decoder"]
+    for method in ("pissa", "olora+norms"):
+        settings = dataclasses.replace(SMALL, method=method)
+        frozen, start = named.make(base.params, settings, layouts=base.layouts, key=KEY)
+        trained = jitter(start, 0.05)
+        want = jlora.merge(frozen, trained)
+        found = on_plain_base(trained, start)
+        plain = jax.tree.map(lambda f, p: None if f is None else p, frozen, base.params, is_leaf=lambda x: x is None)
+        got = jlora.merge(plain, found)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_refusals(bases, tmp_path):
+    base = bases["decoder"]
+    for method, text in (
+        ("lroa", r"'lroa' is not known: lora"),
+        ("lora+lora", "each once"),
+        ("full+lora", "nothing is left"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            named.make(base.params, named.MethodConfig(method=method))
+    settings = dataclasses.replace(SMALL, method="houlsby")
+    _, trained = named.make(base.params, settings, layouts=base.layouts)
+    save_adapter(tmp_path, base, trained, settings)
+    other = dataclasses.replace(base, params=jax.tree.map(lambda x: x[..., :4], base.params))
+    with pytest.raises(ValueError, match=r"does not fit the model: layers/mlp/down_proj/kernel \[3, 24, 16\] is"):
+        load_adapter(other, tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    text, whole = config.read_text(), weights.read_bytes()
+    weights.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="cut short or no safetensors"):
+        load_adapter(base, tmp_path)
+    weights.write_bytes(whole)
+    for old, new, said in (
+        ("AdapterLayer", "Unheard", "kind 'Unheard' is not known"),
+        ('arrays/down"', 'arrays/dawn"', "arrays/dawn is missing"),
+        ('"scaling"', '"scalding"', "scalding"),
+        ('"form": 1', '"form": 2', "form 2 is not read"),
+        ('"trees"', '"threes"', "damaged: 'trees'"),
+    ):
+        config.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=said):
+            load_adapter(base, tmp_path)
+    config.write_text(text)
+    peft = pytest.importorskip("peft")
+    with pytest.raises(Exception, match="JLORA"):
+        peft.PeftConfig.from_pretrained(str(tmp_path))
