@@ -1,18 +1,18 @@
 """The conditional language-modelling loss (Hu et al., section 2): -log p(answer | prompt), answers only.
 
 Hidden states are gathered at the label positions before the head, and the head runs in chunks that the backward pass
-computes again, so no more than one [chunk, vocabulary] array of logits is alive at once.
+computes again; the gradient of a chunk's logits takes their place, so one [chunk, vocabulary] array is alive at once.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax import lax
 
@@ -35,6 +35,34 @@ class Sums(NamedTuple):
     examples: jax.Array | float
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def label_loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, z_loss: float = 0.0) -> jax.Array:
+    """f32 [n]: -log p of `labels` i32 [n] under `logits` f32 [n, v], a label keeping 1 - `smoothing` of its weight
+    (Szegedy et al. 2016; the rest is spread over the vocabulary), plus `z_loss` * log(Z)^2, which holds the logits down
+    (Chowdhery et al. 2022). Its own gradient rule, because jax's needs a second [n, v] array.
+    """
+    return label_loss_forward(logits, labels, smoothing, z_loss)[0]
+
+
+def label_loss_forward(logits: jax.Array, labels: jax.Array, smoothing: float, z_loss: float) -> tuple[jax.Array, Any]:
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    loss = log_z - (1 - smoothing) * jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    if smoothing:
+        loss -= smoothing * logits.mean(axis=-1)
+    return loss + z_loss * log_z**2 if z_loss else loss, (logits, log_z, labels)
+
+
+def label_loss_backward(smoothing: float, z_loss: float, kept: Any, ct: jax.Array) -> tuple[jax.Array, None]:
+    logits, log_z, labels = kept
+    hit = (jnp.arange(logits.shape[-1]) == labels[:, None]).astype(logits.dtype)
+    p = jnp.exp(logits - log_z[:, None])
+    slope = p * (1 + 2 * z_loss * log_z[:, None]) - (1 - smoothing) * hit - smoothing / logits.shape[-1]
+    return ct[:, None] * slope, None
+
+
+label_loss.defvjp(label_loss_forward, label_loss_backward)
+
+
 def chunked_sums(
     head: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,
@@ -43,19 +71,12 @@ def chunked_sums(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss, right), each f32 [l], of `labels` i32 [l] under `head(hidden[n])` [v], `chunk` labels at a time.
-
-    The loss is -log p, of a label that keeps 1 - `smoothing` of its weight (Szegedy et al. 2016; the rest is spread
-    over the vocabulary), plus `z_loss` * log(Z)^2, which holds the logits down (Chowdhery et al. 2022).
-    """
+    """(`label_loss`, right), each f32 [l], of `labels` i32 [l] under `head(hidden[n])` [v], `chunk` labels at a time."""
 
     def one(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = head(hidden).astype(jnp.float32)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if smoothing or z_loss:
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            nll = (1 - smoothing) * nll + smoothing * (log_z - logits.mean(axis=-1)) + z_loss * log_z**2
-        return nll, (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        return label_loss(logits, labels, smoothing, z_loss), right
 
     size = labels.shape[0]
     if size <= chunk:

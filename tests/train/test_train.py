@@ -21,6 +21,7 @@ from jlora.train import (
     make_optimiser,
     make_train_step,
 )
+from jlora.train.loss import label_loss
 from jlora.train.optimiser import make_schedule
 from jlora.train.report import Metrics, Reporter
 
@@ -92,6 +93,36 @@ def test_chunks_change_neither_loss_nor_gradient_and_hold_one_chunk_of_logits():
     text = str(jax.make_jaxpr(total(16))(kernel))
     # neither all labels at once nor the chunks' logits stacked as residuals of the scan
     assert f"16,{VOCAB}]" in text and f"50,{VOCAB}]" not in text and f"4,16,{VOCAB}]" not in text
+
+
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.01)])
+def test_the_loss_of_labels_is_the_formula_and_its_gradient_autodiff_s(smoothing, z_loss):
+    logits = 3 * jax.random.normal(jax.random.key(1), (6, VOCAB))
+    labels, ct = jnp.arange(6), jnp.arange(1.0, 7.0)
+
+    def plain(logits):
+        soft = optax.smooth_labels(jax.nn.one_hot(labels, VOCAB), smoothing)
+        return optax.softmax_cross_entropy(logits, soft) + z_loss * jax.nn.logsumexp(logits, -1) ** 2
+
+    want, pull = jax.vjp(plain, logits)
+    got, pull_ours = jax.vjp(lambda x: label_loss(x, labels, smoothing, z_loss), logits)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(pull_ours(ct)[0], pull(ct)[0], atol=2e-6)
+
+
+def test_the_compiled_loss_holds_one_array_of_a_chunk_s_logits():
+    labels, width, vocab = 512, 16, 20_000
+    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)
+
+    def bytes_of(chunk):
+        total = lambda h, w, y: chunked_sums(lambda x: x @ w, h, y, chunk)[0].sum()
+        step = jax.jit(jax.value_and_grad(total, (0, 1)))
+        lowered = step.lower(shape(labels, width), shape(width, vocab), shape(labels, dtype=jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    kernel = 4 * width * vocab  # the gradient of the head is summed over chunks
+    assert bytes_of(labels) < 1.1 * 4 * labels * vocab
+    assert bytes_of(128) < 1.1 * 4 * 128 * vocab + 2 * kernel
 
 
 def test_accumulated_step_equals_the_big_batch():
