@@ -23,6 +23,7 @@ from jlora.methods import named
 from jlora.methods.lora_plus import lora_plus
 from jlora.methods.prefix import settle
 from jlora.train import OptimiserConfig, answer_sums, evaluate, make_eval_step, make_optimiser
+from jlora.train.loop import Stop
 from jlora.train.report import Reporter
 
 
@@ -130,8 +131,10 @@ def steps_of(config: TrainConfig, examples: list[Example]) -> int:
     return config.steps or max(1, round(config.epochs * batches_of(config, examples, 1).per_epoch))
 
 
-def judged(name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSource) -> dict[str, float]:
-    """Evaluate on the held-out rows, with progress."""
+def judged(
+    name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSource, stop: Stop = lambda: False
+) -> dict[str, float]:
+    """Evaluate on the held-out rows, with progress; raises `Interrupted` once `stop()`."""
     with Reporter(len(testing), label=f"evaluating {name}", every=10) as bar:
 
         def watched() -> Any:
@@ -139,7 +142,7 @@ def judged(name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSourc
                 yield testing[n]
                 bar.update(n + 1)
 
-        result = evaluate(judge, trained, frozen, watched())
+        result = evaluate(judge, trained, frozen, watched(), stop)
     right, exact = result["first"], result["exact"]
     say(f"{name}: first token right {right:.1%}, exact answer {exact:.1%}, loss {result['loss']:.3f}")
     return result

@@ -109,6 +109,8 @@ class TrainConfig:
     """Steps between checkpoints; 0: none."""
     samples: int = 3
     """Evaluation prompts answered before and after."""
+    track: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
     resume: bool = False
     """Go on from the latest checkpoint in `output`."""
     force: bool = False
@@ -117,7 +119,7 @@ class TrainConfig:
     """Show settings, trainable table, sizes and the first example; read no weights, train nothing."""
 
 
-RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run", "force")
+RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run", "force", "track")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
 FIXED = ("model", "adapter", "method", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")

@@ -35,8 +35,10 @@ from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, sav
 from jlora.data import BatchSource, Example, Row, bucket_lengths, split_rows
 from jlora.io import Pretrained, load
 from jlora.methods.columns import reading
-from jlora.train import Checkpoints, fit, init_state, make_eval_step, make_train_step
-from jlora.train.report import Best, Metrics, Reporter
+from jlora.train import Checkpoints, TrainState, fit, init_state, make_eval_step, make_train_step
+from jlora.train.loop import Stop
+from jlora.train.report import Best, Metrics, Pace, Reporter
+from jlora.train.track import make_tracker
 
 REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots"}
 
@@ -111,36 +113,31 @@ def run(
     batches = batches_of(config, examples, steps).iterator()
     testing = BatchSource(tests, config.batch, bucket_lengths(tests, config.buckets)) if tests else None
 
-    checkpoints = Checkpoints(out / "checkpoints", {**run_identity(config), "data_digest": digest(examples)})
-    loose = [name for name in checkpoints.run if name not in FIXED] if config.force else []
-    found = checkpoints.restore(state, allow=loose) if config.resume else None
-    if found is not None:
-        state, position = found
-        batches.set_state(position)
-        say(f"going on at step {int(state.step)} of {steps}")
-    else:
-        checkpoints.clear()
+    checkpoints, state = opened(config, examples, state, batches)
     metrics = Metrics(out / "metrics.jsonl", int(state.step))
-
+    tracker = make_tracker(config.track, out, dataclasses.asdict(config), int(state.step))
     best = Best.of(metrics.read())
     shown = [row for row in test_rows if not row.messages][: config.samples]
     first = lambda rows: {"before": first_judged(config, base, tuned, judge, lora, frozen, rows)}
     report: dict[str, Any] = first(testing) if testing else {}
     written = [answer(base, base.params, row) for row in shown]
 
-    began = time.monotonic()
+    began, pace = time.monotonic(), Pace()
     with Reporter(steps, label="training", start=int(state.step)) as bar:
 
         def log(record: dict[str, Any]) -> None:
+            pace.step(record.pop("seconds"), record["read"], record["places"])  # times differ when a run is repeated
             metrics.write("train", record)
-            bar.update(record["step"], f"loss {record['loss']:.3f}  right {record['token_accuracy']:.0%}")
+            tracker.write("train", record["step"], {**record, "tokens_per_second": pace.rate})
+            bar.update(record["step"], f"loss {record['loss']:.3f}  right {record['token_accuracy']:.0%}  {pace}")
 
-        def after(state: Any) -> bool:
+        def after(state: Any, stop: Stop) -> bool:
             number = int(state.step)
             if not testing or not config.eval_every or number % config.eval_every or number == steps:
                 return False
-            found = judged(f"step {number}", judge, state.trained, frozen, testing)
+            found = judged(f"step {number}", judge, state.trained, frozen, testing, stop)
             metrics.write("eval", {"step": number, **found})
+            tracker.write("eval", number, found)
             if best.better(number, found["loss"]):
                 save(out / "best", state.trained, {"step": number})
             return best.enough(config.patience)
@@ -163,6 +160,7 @@ def run(
             keep_bad=keep_bad,
         )
     say(f"trained in {time.monotonic() - began:.0f} s")
+    report["pace"] = pace.figures()
     checkpoints.close()
     if testing:
         report["after"] = judged("after", judge, state.trained, frozen, testing)
@@ -171,4 +169,19 @@ def run(
         if config.eval_every:
             report["best"] = {"step": best.step, "loss": best.loss}
     report["samples"] = samples(tuned, jlora.combine(frozen, state.trained), shown, written)
+    tracker.close()
     return {**report, "step": int(state.step), "trained": state.trained}
+
+
+def opened(config: TrainConfig, examples: list[Example], state: TrainState, batches: Any) -> tuple[Checkpoints, Any]:
+    """(checkpoints, state): the state to go on from where the run is resumed, and `batches` put there too."""
+    run = {**run_identity(config), "data_digest": digest(examples)}
+    checkpoints = Checkpoints(Path(config.output) / "checkpoints", run)
+    loose = [name for name in run if name not in FIXED] if config.force else []
+    found = checkpoints.restore(state, allow=loose) if config.resume else None
+    if found is None:
+        checkpoints.clear()
+        return checkpoints, state
+    batches.set_state(found[1])
+    say(f"going on at step {int(found[0].step)}")
+    return checkpoints, found[0]

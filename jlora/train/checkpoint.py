@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,21 @@ class Checkpoints:
             return
         arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
         meta = {"position": position, "run": self.run}
-        self.manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-        )
+        with self.explained():  # that of the save before, too: it ends first
+            self.manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+            )
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What goes wrong in a write as an OSError that says what is left."""
+        try:
+            yield
+        except Exception as error:  # orbax and its array store raise many kinds, from their threads
+            whole = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+            left = f"that of step {whole[-1]} is whole: free space and go on with --resume" if whole else "none is left"
+            reason = " ".join(str(error).split())
+            raise OSError(f"{self.folder}: a checkpoint could not be written; {left} ({reason[:200]})") from error
 
     def restore(self, state: TrainState, allow: Sequence[str] = ()) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, data position) of the latest checkpoint, or None where there is none. `state` gives the structure.
@@ -67,5 +80,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until every save is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        try:
+            with self.explained():
+                self.manager.wait_until_finished()
+        finally:
+            self.manager.close()

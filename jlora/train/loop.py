@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,16 +24,20 @@ class Interrupted(SystemExit):
         super().__init__(143)
 
 
+Stop = Callable[[], bool]
+"""Whether SIGTERM has come."""
+
+
 @contextmanager
-def on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets (in the main thread; elsewhere nothing sets it)."""
+def on_sigterm() -> Iterator[Stop]:
+    """Whether SIGTERM has come since (in the main thread; elsewhere it is not noticed)."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield event.is_set
         return
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
+        yield event.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -47,48 +52,70 @@ def fit(
     checkpoints: Checkpoints | None = None,
     save_every: int = 0,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
-    after: Callable[[TrainState], bool] = lambda state: False,
+    after: Callable[[TrainState, Stop], bool] = lambda state, stop: False,
     bad_steps: int = 0,
     keep_bad: Callable[[Any], str] = lambda batch: "",
+    stop: Stop | None = None,
 ) -> TrainState:
     """Train until `steps` steps are taken. `batches`: a grain iterator. The given state is donated.
 
-    `log` gets {step, loss, tokens, right, exact, grad_norm} each step; `after(state)` may evaluate, True stops early.
-    A step whose loss or gradient is not finite changes no weight; `bad_steps` of them in a row are skipped, at the next
-    `keep_bad(batch)` writes the batch down (and says where) and FloatingPointError is raised.
-    Raises `Interrupted` after saving where SIGTERM came.
+    `log` gets {step, loss, token_accuracy, exact, first, tokens, examples, grad_norm, read (tokens that are no
+    padding), places (with it), seconds} each step; `after(state, stop)` may evaluate: True ends the run early, and it
+    may raise `Interrupted` once `stop()`. A step whose loss or gradient is not finite changes no weight; `bad_steps` of
+    them in a row are skipped, at the next `keep_bad(batch)` writes the batch down (and says where) and
+    FloatingPointError is raised. Where SIGTERM came (`stop`: what tells; a handler of its own if not given) the state
+    is saved and `Interrupted` raised; it is also saved after the last step.
     """
-    with on_sigterm() as stop:
-        number, bad = int(state.step), 0
-        while number < steps:
-            batch = next(batches)
-            state, (sums, norm) = step(state, frozen, batch)
-            number += 1
-            record = {"step": number, **means(jax.device_get(sums)), "grad_norm": float(norm)}
-            log(record)
-            if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
-                bad = 0
-            elif (bad := bad + 1) > bad_steps:
-                raise FloatingPointError(
-                    f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {number}, {bad} in a row: "
-                    f"try a lower learning rate. {keep_bad(batch)}".rstrip()
-                )
-            done = after(state)
-            if checkpoints and (stop.is_set() or (save_every and number % save_every == 0)):
-                checkpoints.save(state, batches.get_state())
-            if stop.is_set():
-                if checkpoints:
-                    checkpoints.close()
-                raise Interrupted
-            if done:
-                break
+    if stop is None:
+        with on_sigterm() as came:
+            more = {"save_every": save_every, "log": log, "after": after, "bad_steps": bad_steps, "keep_bad": keep_bad}
+            return fit(step, state, frozen, batches, steps=steps, checkpoints=checkpoints, stop=came, **more)
+    number, bad, done = int(state.step), 0, False
+    while number < steps and not done:
+        began = time.monotonic()
+        batch = next(batches)
+        state, (sums, norm) = step(state, frozen, batch)
+        number += 1
+        record = {"step": number, **means(jax.device_get(sums)), "grad_norm": float(norm)}
+        log({**record, **filled(batch), "seconds": time.monotonic() - began})
+        if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
+            bad = 0
+        elif (bad := bad + 1) > bad_steps:
+            raise FloatingPointError(
+                f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {number}, {bad} in a row: "
+                f"try a lower learning rate. {keep_bad(batch)}".rstrip()
+            )
+        try:
+            done = after(state, stop)
+        except Interrupted:
+            done = True
+        ends = done or stop() or number == steps
+        if checkpoints and (ends or (save_every and number % save_every == 0)):
+            checkpoints.save(state, batches.get_state())
+        if stop():
+            if checkpoints:
+                checkpoints.close()
+            raise Interrupted
     return state
 
 
-def evaluate(step: Callable[..., Sums], trained: Any, frozen: Any, batches: Iterable[Any]) -> dict[str, float]:
-    """`means` over all of `batches`; the sums are added as Python floats, in order, so a rerun gives the same bits."""
+def filled(batch: Any) -> dict[str, int]:
+    """{read, places}: how many of a batch's places hold a token that is read."""
+    mask = batch.get("mask") if isinstance(batch, dict) else None
+    return {} if mask is None else {"read": int(mask.sum()), "places": int(mask.size)}
+
+
+def evaluate(
+    step: Callable[..., Sums], trained: Any, frozen: Any, batches: Iterable[Any], stop: Stop = lambda: False
+) -> dict[str, float]:
+    """`means` over all of `batches`; the sums are added as Python floats, in order, so a rerun gives the same bits.
+
+    Raises `Interrupted` as soon as `stop()`.
+    """
     total = np.zeros(len(Sums._fields))
     for batch in batches:
+        if stop():
+            raise Interrupted
         total += np.asarray([float(x) for x in jax.device_get(step(trained, frozen, batch))])
     return means(Sums(*map(float, total)))
 

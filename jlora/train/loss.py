@@ -60,7 +60,7 @@ def label_loss_backward(smoothing: float, z_loss: float, kept: Any, ct: jax.Arra
     return ct[:, None] * slope, None
 
 
-label_loss.defvjp(label_loss_forward, label_loss_backward)
+label_loss.defvjp(label_loss_forward, label_loss_backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def chunked_sums(
@@ -71,7 +71,7 @@ def chunked_sums(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """(`label_loss`, right), each f32 [l], of `labels` i32 [l] under `head(hidden[n])` [v], `chunk` labels at a time."""
+    """(`label_loss`, right), each f32 [l], of `labels` i32 [l] under `head(hidden[n])` [v], `chunk` at a time."""
 
     def one(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = head(hidden).astype(jnp.float32)

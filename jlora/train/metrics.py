@@ -22,12 +22,12 @@ def exact(written: Texts, references: Sequence[Texts]) -> float:
     )
 
 
-def needs(module: str, package: str) -> Any:
+def needs(module: str, package: str, what: str = "this metric") -> Any:
     """The module, or an ImportError that names the package to install."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ImportError(f"this metric needs {package}: pip install {package}") from None
+        raise ImportError(f"{what} needs {package}: pip install {package}") from None
 
 
 def by_reference(references: Sequence[Texts]) -> list[list[str | None]]:

@@ -43,7 +43,7 @@ def preference_sums(model: Any, kind: str, beta: float = 0.1) -> Callable[[Any, 
     lifted = jlora.lift(example_sums(model))
 
     def pairs(params: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
-        each = lifted(params, batch)
+        each: Any = lifted(params, batch)
         count = batch["tokens"].shape[0]
         logp, size = -each.loss[:count], each.tokens[:count]
         return logp[::2], logp[1::2], size[::2], size[1::2]
@@ -53,8 +53,8 @@ def preference_sums(model: Any, kind: str, beta: float = 0.1) -> Callable[[Any, 
         if kind == "dpo":
             if any(leaf is None for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: leaf is None)):
                 raise ValueError("dpo needs the base as its reference: train no weight whole")
-            reference = pairs(frozen, batch)[:2]
-            loss, margin = dpo(chosen, rejected, *map(jax.lax.stop_gradient, reference), beta)
+            first, second = map(jax.lax.stop_gradient, pairs(frozen, batch)[:2])
+            loss, margin = dpo(chosen, rejected, first, second, beta)
         else:
             loss, margin = orpo(chosen / jnp.maximum(size, 1), rejected / jnp.maximum(other, 1), beta)
         there = (size > 0).astype(jnp.float32)

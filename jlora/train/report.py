@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -62,6 +64,49 @@ class Best:
     def enough(self, patience: int) -> bool:
         """Whether `patience` evaluations (0: no limit) have brought nothing better."""
         return 0 < patience <= self.since
+
+
+class Pace:
+    """Tokens a second, the share of tokens that is no padding, and memory, over the last `window` steps."""
+
+    def __init__(self, window: int = 20):
+        self.last: deque[tuple[float, int, int]] = deque(maxlen=window)
+        self.seconds, self.tokens, self.places, self.first = 0.0, 0, 0, 0
+
+    def step(self, seconds: float, tokens: int, places: int) -> None:
+        """A step of `tokens` real tokens in `places` places. The first one of all, which compiles, is left out."""
+        if self.places:
+            self.last.append((seconds, tokens, places))
+            self.seconds += seconds
+        else:
+            self.first = tokens
+        self.tokens, self.places = self.tokens + tokens, self.places + places
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second over the window; nan before the second step."""
+        return sum(step[1] for step in self.last) / sum(step[0] for step in self.last) if self.last else float("nan")
+
+    def __str__(self) -> str:
+        rate = f"{self.rate:,.0f} tok/s  " if self.last else ""
+        return f"{rate}{self.tokens / max(self.places, 1):.0%} useful  {memory_in_use() / 1e9:.1f} GB"
+
+    def figures(self) -> dict[str, float]:
+        """{tokens_per_second, useful_share, peak_bytes} of the whole run so far."""
+        rate = (self.tokens - self.first) / self.seconds if self.seconds else 0.0
+        share = self.tokens / max(self.places, 1)
+        return {"tokens_per_second": rate, "useful_share": share, "peak_bytes": float(memory_in_use())}
+
+
+def memory_in_use() -> int:
+    """Peak bytes of the first local device; on CPU, of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class Reporter:

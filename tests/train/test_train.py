@@ -148,15 +148,14 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     step = make_train_step(sums_fn, tx)
     straight = fit(step, init_state(PARAMS, tx), None, source(seed=1, steps=20).iterator(), steps=20)
     before = Checkpoints(tmp_path, {"rank": 4})
-    fit(
-        step,
-        init_state(PARAMS, tx),
-        None,
-        source(seed=1, steps=20).iterator(),
-        steps=13,
-        checkpoints=before,
-        save_every=5,
-    )
+
+    def die(record):
+        if record["step"] == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        batches = source(seed=1, steps=20).iterator()
+        fit(step, init_state(PARAMS, tx), None, batches, steps=20, checkpoints=before, save_every=5, log=die)
     before.close()
 
     after = Checkpoints(tmp_path, {"rank": 4})
