@@ -7,9 +7,7 @@ rank are padded with zeros: the same function.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +19,11 @@ import numpy as np
 from jlora.config import LoraConfig
 from jlora.io import plain
 from jlora.io.load import Pretrained
+from jlora.io.objects import read_json
+from jlora.io.patterns import Patterns
 from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
+from jlora.io.tensors import finite, some
+from jlora.io.text import one_line
 from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
 from jlora.methods.named import MethodConfig, lora_config
@@ -31,33 +33,30 @@ from jlora.models.tensors import HFTensor
 from jlora.tree import path_of, paths
 
 OTHER = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-KINDS = (*OTHER, *OTHER.values(), MAGNITUDE)
+KINDS = (*OTHER, *OTHER.values(), MAGNITUDE, ROWS)
 
 
-def read_json(folder: str | Path) -> dict[str, Any]:
+def adapter_json(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json. Raises FileNotFoundError without it, ValueError where it is no JSON object."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it and adapter_model.safetensors")
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
-    if not isinstance(held, dict):
-        raise ValueError(f"{path}: an object is expected, not {type(held).__name__}")
-    return held
+    return read_json(path)
 
 
 def read_config(folder: str | Path) -> LoraConfig:
     """The `LoraConfig` of adapter_config.json. Raises ValueError for a peft_type or a setting that is not read here."""
-    path, held = Path(folder) / "adapter_config.json", read_json(folder)
+    path, held = Path(folder) / "adapter_config.json", adapter_json(folder)
     if held.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {held.get('peft_type')!r}; this reads 'LORA'")
+        raise ValueError(f"{path}: peft_type is {held.get('peft_type')!r:.60}; this reads 'LORA'")
     for name in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
         if held.get(name):
-            raise ValueError(f"{path}: {name} is not read here: {held[name]!r}")
+            raise ValueError(f"{path}: {name} is not read here: {held[name]!r:.60}")
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"init_lora_weights"}
-    return LoraConfig(**{name: held[name] for name in fields & set(held) if held[name] is not None})
+    try:
+        return LoraConfig(**{name: held[name] for name in fields & set(held) if held[name] is not None})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def read_arrays(folder: str | Path) -> dict[str, np.ndarray]:
@@ -70,14 +69,22 @@ def read_arrays(folder: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file() and (older := path.with_suffix(".bin")).is_file():
         from jlora.io.torchfile import read_bin
 
-        return {name.removeprefix(PREFIX): np.asarray(x) for name, x in read_bin(older).items()}
-    if not path.is_file():
+        path = older
+        held = {name: np.asarray(x) for name, x in read_bin(older).items()}
+    elif path.is_file():
+        try:
+            held = load_file(path)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
+    else:
         raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it and adapter_config.json")
-    try:
-        held = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut short or no safetensors file: {error}") from None
-    return {name.removeprefix(PREFIX).replace(".base_layer.", "."): x for name, x in held.items()}
+    out = {name.removeprefix(PREFIX).replace(".base_layer.", "."): x for name, x in held.items()}
+    if len(out) != len(held):
+        raise ValueError(f"{path} holds a tensor twice, with and without {PREFIX!r}")
+    bad = [name for name, x in out.items() if not finite(x)]
+    if bad:
+        raise ValueError(f"{path} holds NaN or infinity in {some(bad, 4)}: the training went wrong")
+    return out
 
 
 @dataclasses.dataclass
@@ -99,53 +106,97 @@ def load_peft(
     Full modules and biases of the file are whole trained leaves, in the file's values.
     Raises ValueError listing tensors that have no place in the model, or whose shape does not fit it.
     """
-    config, arrays = read_config(folder), read_arrays(folder)
+    config, arrays, where = read_config(folder), read_arrays(folder), Path(folder) / "adapter_config.json"
+    found = Reading(config, adapter_json(folder), arrays, paths(params), where)
     by_name = {tensor.name: tensor for tensor in tensors}
     by_module = {module_of(t): t for t in tensors if t.name.endswith(".weight")}
-    leaves = paths(params)
-    parts: dict[str, list[Part]] = {}
-    full: dict[str, list[tuple[HFTensor, np.ndarray]]] = {}
     wrong = []
-    ids = token_ids(folder)
-    rows: dict[str, TokenRows] = {}
     for name, array in arrays.items():
-        if name.endswith(f".{ROWS}") and (module := name.removesuffix(f".{ROWS}")) in by_module:
-            tensor = by_module[module]
-            found = ids.get(module.rpartition(".")[2], ())
-            if array.shape == (len(found), leaves[tensor.path].shape[1]):
-                rows[tensor.path] = TokenRows(jnp.asarray(array, dtype), found)
-            else:
-                wrong.append(f"{name} {list(array.shape)} for {len(found)} token ids")
-            continue
         kind = next((k for k in KINDS if name.endswith(f".{k}")), None)
-        module = name.removesuffix(f".{kind}") if kind else None
-        if kind is None and name in by_name:
-            full.setdefault(by_name[name].path, []).append((by_name[name], array))
-        elif kind is None or module not in by_module:
+        module = name.removesuffix(f".{kind}") if kind else ""
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            wrong.append(f"{name} holds {array.dtype}, not floats")
+        elif kind is None and name in by_name:
+            wrong += found.whole(by_name[name], array)
+        elif module not in by_module:
             wrong.append(f"{name} has no place in the model")
+        elif kind == ROWS:
+            wrong += found.token_rows(module, by_module[module], array, dtype)
         elif kind in OTHER:
-            tensor, other = by_module[module], f"{module}.{OTHER[kind]}"
-            shape = tuple(leaves[tensor.path].shape[-2:])
-            if other not in arrays or (array.shape[1], arrays[other].shape[0]) != shape:
-                have = list(arrays[other].shape) if other in arrays else "missing"
-                wrong.append(f"{name} {list(array.shape)} with B {have}, for a weight [in, out] = {list(shape)}")
-                continue
-            scaling = scaling_of(config, module, array.shape[0])
-            magnitude = arrays.get(f"{module}.{MAGNITUDE}")
-            parts.setdefault(tensor.path, []).append(Part(tensor.layer, array.T, arrays[other].T, scaling, magnitude))
+            wrong += found.factors(module, by_module[module], array, arrays.get(f"{module}.{OTHER[kind]}"))
+        elif not {f"{module}.{first}" for first in OTHER} & set(arrays):
+            wrong.append(f"{name} has no A beside it")
     if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong[:6])}{more}")
-    frozen, lora = planted(params, parts, full, dtype)
+        raise ValueError(f"{folder} does not fit the model: {some(wrong, 6)}")
+    frozen, lora = planted(params, found.parts, found.full, dtype)
+    rows = found.rows
     place = lambda keys, leaf, entry: rows.get(path_of(keys), entry)
     return frozen, jax.tree_util.tree_map_with_path(place, params, lora) if rows else lora, config
 
 
-def token_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
+class Reading:
+    """What a file's tensors are in the tree, gathered; each method gives the sentences of what does not fit."""
+
+    def __init__(
+        self,
+        config: LoraConfig,
+        settings: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        leaves: dict[str, Any],
+        where: Path,
+    ) -> None:
+        self.config, self.arrays, self.leaves = config, arrays, leaves
+        self.alphas, self.ids = Patterns(config.alpha_pattern, where), token_ids(settings, where)
+        self.dora = bool(settings.get("use_dora"))
+        self.parts: dict[str, list[Part]] = {}
+        self.full: dict[str, list[tuple[HFTensor, np.ndarray]]] = {}
+        self.rows: dict[str, TokenRows] = {}
+
+    def whole(self, tensor: HFTensor, array: np.ndarray) -> list[str]:
+        """A tensor trained whole."""
+        want = tuple(self.leaves[tensor.path].shape)[0 if tensor.layer is None else 1 :]
+        want = want[::-1] if tensor.transpose else want
+        if array.shape != want:
+            return [f"{tensor.name} {list(array.shape)}, for a tensor {list(want)}"]
+        self.full.setdefault(tensor.path, []).append((tensor, array))
+        return []
+
+    def token_rows(self, module: str, tensor: HFTensor, array: np.ndarray, dtype: Any) -> list[str]:
+        """Rows [n, d] of an embedding."""
+        ids = self.ids.get(module.rpartition(".")[2], ())
+        words, *d = self.leaves[tensor.path].shape
+        if array.shape != (len(ids), *d) or not all(0 <= n < words for n in ids):
+            return [f"{module}.{ROWS} {list(array.shape)} for {len(ids)} token ids of {words} tokens {d}"]
+        self.rows[tensor.path] = TokenRows(jnp.asarray(array, dtype), ids)
+        return []
+
+    def factors(self, module: str, tensor: HFTensor, a: np.ndarray, b: np.ndarray | None) -> list[str]:
+        """A [r, in], B [out, r] and the magnitude [out] of one module."""
+        shape = tuple(self.leaves[tensor.path].shape[-2:])
+        if b is None or not factors_fit(a, b, shape):
+            have = "missing" if b is None else list(b.shape)
+            return [f"{module}: A {list(a.shape)} with B {have}, for a weight [in, out] = {list(shape)}"]
+        magnitude = self.arrays.get(f"{module}.{MAGNITUDE}")
+        if (magnitude is not None or self.dora) and np.size(magnitude) != shape[1]:
+            return [f"{module}.{MAGNITUDE} {list(np.shape(magnitude))}, for {shape[1]} outputs"]
+        scaling = scaling_of(self.config, self.alphas, module, a.shape[0])
+        self.parts.setdefault(tensor.path, []).append(Part(tensor.layer, a.T, b.T, scaling, magnitude))
+        return []
+
+
+def factors_fit(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether A [r, in] and B [out, r] are of one rank, 1 or more, and of a weight [in, out] = `shape`."""
+    return a.ndim == b.ndim == 2 and (a.shape[1], b.shape[0]) == shape and a.shape[0] == b.shape[1] >= 1
+
+
+def token_ids(settings: dict[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
     """The ids of trained rows by the embedding's last name; PEFT's list means embed_tokens."""
-    held = read_json(folder).get("trainable_token_indices")
+    held = settings.get("trainable_token_indices")
     held = {"embed_tokens": held} if isinstance(held, list) else held or {}
-    return {name: tuple(int(n) for n in ids) for name, ids in held.items()}
+    lists = list(held.values()) if isinstance(held, dict) else [None]
+    if not all(isinstance(ids, list) and all(type(n) is int for n in ids) for ids in lists):
+        raise ValueError(f"{where}: trainable_token_indices is {held!r:.60}, not token ids")
+    return {name: tuple(ids) for name, ids in held.items()}
 
 
 def planted(
@@ -162,10 +213,9 @@ def planted(
     return tree(lambda path, leaf: None if path in full else bases.get(path, leaf)), lora
 
 
-def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r), of one module. PEFT's patterns are matched at the end of the module's name."""
-    hits = (alpha for p, alpha in config.alpha_pattern.items() if re.match(rf"(.*\.)?({p})$", module))
-    alpha = next(hits, config.lora_alpha)
+def scaling_of(config: LoraConfig, alphas: Patterns, module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r), of one module; `alphas`: the patterns of the config."""
+    alpha = alphas.first(module, config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
@@ -207,7 +257,7 @@ About: TypeAlias = LoraConfig | MethodConfig
 
 def about(folder: str | Path) -> About:
     """What the adapter of `folder` is. Raises ValueError for a peft_type that is not read here."""
-    held = read_json(folder)
+    held = adapter_json(folder)
     if held.get("peft_type") != plain.KIND:
         return read_config(folder)
     fields = {field.name for field in dataclasses.fields(MethodConfig)}
@@ -221,7 +271,7 @@ def load_adapter(base: Pretrained, folder: str | Path) -> tuple[Any, Any, Any]:
 
     A model with a prefix is run by `methods.columns.reading`. Raises ValueError where it does not fit.
     """
-    held = read_json(folder)
+    held = adapter_json(folder)
     if held.get("peft_type") == plain.KIND:
         return *plain.load_plain(folder, held, read_arrays(folder), base.params), about(folder)
     return load_peft(folder, base.params, base.tensors)

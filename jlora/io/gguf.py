@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from jlora.io.gguf_check import check_gguf
+from jlora.io.sizes import checked_config
 from jlora.io.tensors import Source
+from jlora.io.text import one_line
 from jlora.models.llama import LlamaConfig, hf_tensors
 
 NAMES = {
@@ -49,21 +52,29 @@ def open_gguf(path: str | Path) -> Any:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
     try:
+        check_gguf(Path(path), {kind.value: size for kind, size in gguf.GGML_QUANT_SIZES.items()})
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from None
+        raise ValueError(f"{path} is cut short or damaged: {one_line(error)}") from None
 
 
 def metadata(reader: Any) -> Callable[..., Any]:
-    """get(key, default) over the file's key-value pairs."""
+    """get(key, type, default) over the file's key-value pairs. Raises ValueError for none, or one of another type."""
 
-    def get(key: str, *default: Any) -> Any:
+    def get(key: str, kind: type, *default: Any) -> Any:
         field = reader.get_field(key)
         if field is None:
             if default:
                 return default[0]
             raise ValueError(f"the GGUF file has no key {key!r}")
-        return field.contents()
+        try:
+            value = field.contents()
+        except UnicodeDecodeError:
+            raise ValueError(f"the GGUF file's {key!r} is not UTF-8") from None
+        wants = (int, float) if kind is float else kind
+        if not isinstance(value, wants) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"the GGUF file's {key!r} is {value!r:.60}, not of type {kind.__name__}")
+        return value
 
     return get
 
@@ -71,34 +82,36 @@ def metadata(reader: Any) -> Callable[..., Any]:
 def config_of(reader: Any) -> LlamaConfig:
     """The sizes. Raises ValueError for an architecture or a rope scaling that is not supported."""
     get = metadata(reader)
-    arch = get("general.architecture")
+    arch = get("general.architecture", str)
     if arch not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"GGUF architecture {arch!r} is not supported: llama, qwen2 and qwen3 are")
-    scaling = get(f"{arch}.rope.scaling.type", "none")
+    scaling = get(f"{arch}.rope.scaling.type", str, "none")
     if scaling not in ("none", "linear"):
         raise ValueError(f"GGUF rope scaling {scaling!r} is not supported: linear is")
     names = {tensor.name for tensor in reader.tensors}
     if "rope_freqs.weight" in names:
         raise ValueError("rope_freqs.weight (Llama 3.1's long rope) is not read from GGUF: use the Hub's checkpoint")
-    heads = get(f"{arch}.attention.head_count")
-    d = get(f"{arch}.embedding_length")
-    return LlamaConfig.from_hf(
+    heads = get(f"{arch}.attention.head_count", int)
+    d = get(f"{arch}.embedding_length", int)
+    return checked_config(
+        LlamaConfig,
         {
             "model_type": arch,
-            "vocab_size": len(get("tokenizer.ggml.tokens")),
+            "vocab_size": len(get("tokenizer.ggml.tokens", list)),
             "hidden_size": d,
-            "intermediate_size": get(f"{arch}.feed_forward_length"),
-            "num_hidden_layers": get(f"{arch}.block_count"),
+            "intermediate_size": get(f"{arch}.feed_forward_length", int),
+            "num_hidden_layers": get(f"{arch}.block_count", int),
             "num_attention_heads": heads,
-            "num_key_value_heads": get(f"{arch}.attention.head_count_kv", heads),
-            "head_dim": get(f"{arch}.attention.key_length", d // heads),
-            "rms_norm_eps": float(get(f"{arch}.attention.layer_norm_rms_epsilon")),
-            "rope_theta": float(get(f"{arch}.rope.freq_base", 10000.0)),
-            "rope_scaling": {"rope_type": "linear", "factor": float(get(f"{arch}.rope.scaling.factor"))}
+            "num_key_value_heads": get(f"{arch}.attention.head_count_kv", int, heads),
+            "head_dim": get(f"{arch}.attention.key_length", int, d // max(heads, 1)),
+            "rms_norm_eps": float(get(f"{arch}.attention.layer_norm_rms_epsilon", float)),
+            "rope_theta": float(get(f"{arch}.rope.freq_base", float, 10000.0)),
+            "rope_scaling": {"rope_type": "linear", "factor": float(get(f"{arch}.rope.scaling.factor", float))}
             if scaling == "linear"
             else None,
             "tie_word_embeddings": "output.weight" not in names,
-        }
+        },
+        "the GGUF file",
     )
 
 
@@ -137,12 +150,21 @@ def tokenizer_of(reader: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     get = metadata(reader)
-    if get("tokenizer.ggml.model") != "gpt2":
-        raise ValueError(f"GGUF tokenizer {get('tokenizer.ggml.model')!r} is not supported: byte-level BPE (gpt2) is")
-    tokens = get("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges")]
-    pre = get("tokenizer.ggml.pre", "default")
-    bpe = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
+    if get("tokenizer.ggml.model", str) != "gpt2":
+        raise ValueError(
+            f"GGUF tokenizer {get('tokenizer.ggml.model', str)!r} is not supported: byte-level BPE (gpt2) is"
+        )
+    tokens, kinds = get("tokenizer.ggml.tokens", list), get("tokenizer.ggml.token_type", list)
+    merges = [tuple(str(merge).split(" ", 1)) for merge in get("tokenizer.ggml.merges", list)]
+    if not all(isinstance(token, str) for token in tokens) or len(kinds) != len(tokens):
+        raise ValueError(f"the GGUF file has {len(tokens)} tokens and {len(kinds)} token types")
+    if any(len(pair) != 2 for pair in merges):
+        raise ValueError("a merge of the GGUF file's tokenizer is not two tokens with a space between")
+    pre = get("tokenizer.ggml.pre", str, "default")
+    try:
+        bpe = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
+    except Exception as error:  # the library raises plain Exception, for a merge of what is no token
+        raise ValueError(f"the GGUF file's merges do not fit its tokens: {one_line(error)}") from None
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("smollm", "gpt-2", "default"))
     if pre == "smollm":  # digits one by one
         bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
@@ -154,13 +176,15 @@ def tokenizer_of(reader: Any) -> Any:
     else:
         raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported: {', '.join(['smollm', 'gpt-2', *SPLITS])} are")
     bpe.decoder = decoders.ByteLevel()
-    control = zip(tokens, get("tokenizer.ggml.token_type"), strict=True)
-    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in control if kind == 3])
-    user = zip(tokens, get("tokenizer.ggml.token_type"), strict=True)  # type 4: whole tokens, but shown when decoded
-    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in user if kind == 4])
+    typed = list(zip(tokens, kinds, strict=True))
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == 3])
+    # type 4: whole tokens, but shown when decoded
+    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in typed if kind == 4])
 
     def special(name: str) -> str | None:
-        number = get(f"tokenizer.ggml.{name}_token_id", None)
+        number = get(f"tokenizer.ggml.{name}_token_id", int, None)
+        if number is not None and not 0 <= number < len(tokens):
+            raise ValueError(f"the GGUF file's {name} token is number {number} of {len(tokens)}")
         return None if number is None else tokens[number]
 
     return PreTrainedTokenizerFast(
@@ -169,7 +193,7 @@ def tokenizer_of(reader: Any) -> Any:
         eos_token=special("eos"),
         unk_token=special("unknown"),
         pad_token=special("padding") or special("eos"),
-        chat_template=get("tokenizer.chat_template", None),
+        chat_template=get("tokenizer.chat_template", str, None),
         clean_up_tokenization_spaces=False,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.io.objects import read_json
 from jlora.io.pypi import SMOLLM2, pip_file
+from jlora.io.sizes import checked_config
 from jlora.io.tensors import Source, build, safetensors_source
+from jlora.io.text import one_line
 from jlora.models import family
 from jlora.models.tensors import HFTensor
 
@@ -60,8 +62,9 @@ def load(
     path = locate(source, revision)
     if path.is_dir():
         hub = read_json(path / "config.json")
-        kind = family(hub.get("model_type", "none"))
-        config, tokenizer, stored = kind.config.from_hf(hub), folder_tokenizer(path), None
+        kind = family(str(hub.get("model_type", "none"))[:80])
+        config = checked_config(kind.config, hub, path / "config.json")
+        tokenizer, stored = folder_tokenizer(path), None
     else:
         from jlora.io.gguf import read_gguf, tokenizer_of
 
@@ -70,7 +73,10 @@ def load(
     extra = {} if head is None else {"head": head}
     tensors = kind.hf_tensors(config, scan_layers, **extra)
     model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=remat, **extra)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    try:
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    except (TypeError, ValueError, ArithmeticError) as error:  # whichever operation meets sizes that do not fit
+        raise ValueError(f"{path}: the sizes of its config do not fit each other: {one_line(error)}") from None
     params = shapes
     if weights:
         stored = stored or folder_source(path)
@@ -113,31 +119,23 @@ def snapshot(name: str, revision: str | None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(f"{name}{at} is not on the Hub (a private one needs HF_TOKEN)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FileNotFoundError(f"{name} is not in the cache and the Hub cannot be reached: {reason}") from None
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file. Raises FileNotFoundError or ValueError naming it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}: a folder in Hub format does")
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(held, dict):
-        raise ValueError(f"{path}: an object is expected, not {type(held).__name__}")
-    return held
-
-
 def folder_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer by transformers, or None if it has none."""
+    """The folder's tokenizer by transformers, or None if it has none. No code of the folder is run, and nothing is
+    fetched. Raises ValueError for files that make no tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a file's wrong key or type meets in there
+        reason = one_line(f"{type(error).__name__} {error}")
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
 
 
 def folder_source(folder: Path) -> Source:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jlora.io.load import Pretrained
+from jlora.io.objects import read_json
 from jlora.models.tensors import HFTensor
 from jlora.tree import paths
 
@@ -98,7 +99,7 @@ def write_shards(folder: Path, arrays: Iterable[tuple[str, np.ndarray]], limit: 
 def hub_config(base: Pretrained, dtype: Any) -> Mapping[str, Any]:
     """The base's own config.json where it has one, else the config under the Hub's names."""
     if base.folder:
-        held = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+        held = read_json(base.folder / "config.json")
     else:
         held = base.config.to_hf()
         if base.tokenizer is not None:

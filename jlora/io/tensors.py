@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jlora.io.objects import shard_names
+from jlora.io.text import one_line
 from jlora.models.tensors import HFTensor
 from jlora.tree import path_of, paths
 
@@ -37,8 +39,7 @@ def safetensors_source(folder: Path) -> Source:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
+        files = [folder / name for name in shard_names(index)]
         lost = [file.name for file in files if not file.is_file()]
         if lost:
             raise FileNotFoundError(f"{index} names {', '.join(lost[:4])} ({len(lost)}), which are not there")
@@ -52,11 +53,21 @@ def safetensors_source(folder: Path) -> Source:
     for file in files:
         try:
             opened = safe_open(file, framework="numpy")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is cut short or no safetensors file: {error}") from None
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{file} is cut short or no safetensors file: {one_line(error)}") from None
         held.update({name: opened for name in opened.keys()})  # noqa: SIM118
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
-    return Source(str(folder), shapes, lambda name, index: held[name].get_slice(name)[index])
+
+    def read(name: str, index: Index) -> np.ndarray:
+        part = held[name].get_slice(name)
+        try:
+            return part[index]
+        except (SafetensorError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder}: {name} of dtype {part.get_dtype()} cannot be read: {one_line(error)}"
+            ) from None
+
+    return Source(str(folder), shapes, read)
 
 
 def build(
@@ -101,9 +112,24 @@ def build(
 
 
 def read_as(source: Source, tensor: HFTensor, index: Index, dtype: Any) -> np.ndarray:
-    """One part of a tensor in the tree's orientation and dtype."""
+    """One part of a tensor in the tree's orientation and dtype. Raises ValueError for what are no finite floats."""
     part = source.read(tensor.name, index[::-1] if tensor.transpose else index)
-    return np.ascontiguousarray(part.T if tensor.transpose else part).astype(dtype, copy=False)
+    if not jnp.issubdtype(part.dtype, jnp.floating):
+        raise ValueError(f"{source.where}: {tensor.name} holds {part.dtype}, not floats: a quantised checkpoint?")
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(part.T if tensor.transpose else part).astype(dtype, copy=False)
+    if not finite(out):
+        kind = np.dtype(dtype).name
+        raise ValueError(f"{source.where}: {tensor.name} holds NaN or infinity (or numbers too large for {kind})")
+    return out
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether every float is a number. Of a bfloat16 the exponent's bits are looked at, many times as fast."""
+    if array.dtype.name == "bfloat16":
+        bits = np.ascontiguousarray(array).view(np.uint16)
+        return not ((bits & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(array).all())
 
 
 def check_all(
@@ -135,4 +161,4 @@ def check_all(
 def some(names: Sequence[str], count: int = 12) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return "; ".join(names[:count]) + more
+    return "; ".join(one_line(name) for name in names[:count]) + more

@@ -1,17 +1,15 @@
-"""PyTorch's .bin and .pt files without torch: tensors only, by an unpickler that knows nothing else.
-
-A pickle can run any code when it is read. Here every global but the handful that a state dict needs is refused, so
-a file from anywhere can be opened. Both of torch's layouts are read: the zip archive (since 1.6) and the older stream
-of pickles.
+"""PyTorch's .bin and .pt files without torch: tensors only, by `jlora.io.pickled`, so that a file from anywhere can be
+opened. Both of torch's layouts are read: the zip archive (since 1.6) and the older stream of pickles.
 """
 
 from __future__ import annotations
 
-import collections
-import io
-import json
+import dataclasses
+import math
+import mmap
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jlora.io.objects import shard_names
+from jlora.io.pickled import Global, unpickle
 from jlora.io.tensors import Source
+from jlora.io.text import one_line
 
 STORAGES = {
     "FloatStorage": np.float32,
@@ -34,51 +35,42 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 MAGIC = 0x1950A86A20F9469CFC6C  # what torch writes first in its older layout
+DAMAGED = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+DAMAGED += (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError)
+"""What reading a file that is cut short, changed or made to harm raises in zipfile, pickletools and here."""
 
 
-class Later:
-    """A storage of the older layout, whose bytes come after the pickle."""
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """`size` elements of `dtype`; `read` fetches them, flat."""
 
-    def __init__(self, dtype: Any) -> None:
-        self.dtype, self.array = dtype, np.empty(0, dtype)
-
-
-class StateUnpickler(pickle.Unpickler):
-    """Unpickles a state dict; `storage(dtype, key, size)` gives what a tensor is a view of."""
-
-    def __init__(self, file: Any, storage: Callable[[Any, str, int], Any]) -> None:
-        super().__init__(file)
-        self.storage = storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): Lazy,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch", "Size"): tuple,
-        }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no table of weights needs")
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, _, size, *_ = pid
-        return self.storage(dtype, key, size)
+    dtype: Any
+    size: int
+    read: Callable[[], np.ndarray]
 
 
 class Lazy:
-    """A tensor: a strided view of a storage, made when asked for."""
+    """A tensor: a strided view of a storage, made when asked for. Raises ValueError for one that leaves its storage."""
 
-    def __init__(self, storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> None:
+    def __init__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> None:
         self.storage, self.offset, self.shape, self.stride = storage, offset, tuple(shape), tuple(stride)
+        numbers = (offset, *self.shape, *self.stride)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in numbers)
+        if not isinstance(storage, Storage) or not whole or len(self.shape) != len(self.stride) or len(self.shape) > 32:
+            raise ValueError(f"a tensor of shape {self.shape!r:.80}, strides {self.stride!r:.80}: the file is damaged")
+        if 0 in self.shape:
+            return
+        reach = offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        if reach >= storage.size or math.prod(self.shape) > storage.size:
+            raise ValueError(
+                f"a tensor {list(self.shape)} reaches to element {reach} of a storage of {storage.size}: "
+                "the file is damaged"
+            )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        flat = self.storage.array if isinstance(self.storage, Later) else self.storage()
-        reach = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        if 0 not in self.shape and not 0 <= reach < flat.size:
-            raise ValueError(f"a tensor reaches to element {reach} of a storage of {flat.size}: the file is damaged")
+        if 0 in self.shape:
+            return np.zeros(self.shape, dtype or self.storage.dtype)
+        flat = self.storage.read()
         steps = [step * flat.itemsize for step in self.stride]
         view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
         return np.array(view, dtype)
@@ -93,9 +85,11 @@ def read_bin(path: str | Path) -> dict[str, Lazy]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        held = from_zip(path) if zipfile.is_zipfile(path) else from_stream(path)
-    except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as PyTorch weights: {error or 'it is cut short'}") from None
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        held = from_zip(path) if zipped else from_stream(path)
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read as PyTorch weights: {said(error)}") from None
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
             held = held[wrapper]
@@ -104,58 +98,80 @@ def read_bin(path: str | Path) -> dict[str, Lazy]:
     return {str(name): value for name, value in held.items() if isinstance(value, Lazy)}
 
 
+def said(error: BaseException) -> str:
+    """An error of another library in one line."""
+    return one_line(error) or "it is cut short"
+
+
+def storage_type(asked: Global) -> Any:
+    return STORAGES.get(asked.name) if asked.module in ("torch", "torch.storage") else None
+
+
 def from_zip(path: Path) -> Any:
-    """The object of the zip layout; storages stay in the file."""
+    """The object of the zip layout; storages stay in the file. torch stores its members as they are: a compressed one
+    could be of any size, and is refused."""
     with zipfile.ZipFile(path) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        pickled = archive.read(name)
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        members = {info.filename: info for info in archive.infolist()}
+        (name,) = [name for name in members if name.endswith("/data.pkl")]
+        pickled = archive.read(stored(members[name], path))
     folder = name.removesuffix("data.pkl")
 
-    def storage(dtype: Any, key: str, size: int) -> Any:
-        member = f"{folder}data/{key}"
-        if sizes[member] < size * np.dtype(dtype).itemsize:
+    def storage(_: Any, dtype: Any, key: str, __: Any, size: int, *___: Any) -> Storage:
+        info = stored(members[f"{folder}data/{key}"], path)
+        if info.file_size < size * np.dtype(dtype).itemsize or size < 0:
             raise ValueError(f"storage {key} is cut short")
 
         def read() -> np.ndarray:
-            with zipfile.ZipFile(path) as archive:
-                return np.frombuffer(archive.read(member), dtype, count=size)
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    return np.frombuffer(archive.read(info), dtype, count=size)
+            except DAMAGED as error:
+                raise ValueError(f"{path}: storage {key} cannot be read: {said(error)}") from None
 
-        return read
+        return Storage(dtype, size, read)
 
-    return StateUnpickler(io.BytesIO(pickled), storage).load()
+    return unpickle(pickled, storage_type, Lazy, storage)
+
+
+def stored(info: zipfile.ZipInfo, path: Path) -> zipfile.ZipInfo:
+    """The member, if its bytes lie in the file as they are."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size > path.stat().st_size:
+        raise ValueError(f"{info.filename!r:.80} is compressed or encrypted, as torch never writes it")
+    return info
 
 
 def from_stream(path: Path) -> Any:
     """The object of the older layout: pickles in a row, then the storages, each after its length."""
-    held: dict[str, Later] = {}
+    with path.open("rb") as opened:
+        file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # a read is never longer than the file
+    places: dict[str, int] = {}
+    held: dict[str, Storage] = {}
 
-    def storage(dtype: Any, key: str, _: int) -> Later:
-        return held.setdefault(str(key), Later(dtype))
+    def storage(_: Any, dtype: Any, key: Any, __: Any, size: int, *___: Any) -> Storage:
+        read = lambda: np.frombuffer(file, dtype, size, places[str(key)])
+        return held.setdefault(str(key), Storage(dtype, size, read))
 
-    with path.open("rb") as file:
-        load = lambda: StateUnpickler(file, storage).load()
-        if load() != MAGIC:
-            raise ValueError("it does not begin as one")
-        load(), load()  # the protocol's version, the machine's sizes
-        out = load()
-        for key in load():
-            size = int.from_bytes(file.read(8), "little")
-            entry = held[str(key)]
-            raw = file.read(size * np.dtype(entry.dtype).itemsize)
-            entry.array = np.frombuffer(raw, entry.dtype)
-            if entry.array.size != size:
-                raise ValueError(f"storage {key} is cut short")
+    load: Any = lambda: unpickle(file, storage_type, Lazy, storage)  # pyright: ignore[reportArgumentType]
+    if load() != MAGIC:
+        raise ValueError("it does not begin as one")
+    load(), load()  # the protocol's version, the machine's sizes
+    out = load()
+    for key in load():
+        entry, size = held[str(key)], int.from_bytes(file.read(8), "little")
+        places[str(key)] = file.tell()
+        length = size * np.dtype(entry.dtype).itemsize
+        if size != entry.size or length > len(file) - file.tell():
+            raise ValueError(f"storage {key} is cut short")
+        file.seek(length, 1)
+    if set(held) - set(places):
+        raise ValueError("it is cut short: not every storage is there")
     return out
 
 
 def bin_source(folder: Path) -> Source:
     """The pytorch_model.bin of a folder, one file or shards."""
     index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["pytorch_model.bin"]
+    names = shard_names(index) if index.is_file() else ["pytorch_model.bin"]
     held: dict[str, Lazy] = {}
     for name in names:
         held.update(read_bin(folder / name))

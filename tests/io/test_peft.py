@@ -90,7 +90,7 @@ def test_another_model_is_refused(tmp_path):
         **frozen,
         "layers": jax.tree.map(lambda w: jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, 8)]), frozen["layers"]),
     }
-    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight \[4, 32\] with B \[32, 4\], for .* \[32, 40\]"):
+    with pytest.raises(ValueError, match=r"q_proj: A \[4, 32\] with B \[32, 4\], for .* \[32, 40\]"):
         load_peft(tmp_path, wider, tensors)
     fewer = [t for t in tensors if "v_proj" not in t.name]
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.v_proj\.lora_A\.weight has no place"):

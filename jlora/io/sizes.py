@@ -1,0 +1,46 @@
+"""A config as a family reads it, its sizes checked: a file from anywhere may say anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.io.text import one_line
+
+LARGEST = 2**24
+"""Of any size in a config; the largest in use are vocabularies of some 262,000 and windows of ten million."""
+MOST_LAYERS = 4096
+
+
+def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
+    """`family.from_hf(hub)`. Raises ValueError naming `where` for a field that is missing, of another type or no
+    possible size."""
+    try:
+        config = family.from_hf(hub)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks {one_line(error)}") from None
+    except (TypeError, ArithmeticError, AttributeError, IndexError) as error:
+        raise ValueError(f"{where}: a field is of another type or size than its family's: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {one_line(error)}") from None
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not fits(value, str(field.type)):
+            raise ValueError(f"{where}: {field.name} is {value!r:.60}, not {field.type} in its range")
+    if not 0 < config.num_hidden_layers <= MOST_LAYERS:
+        raise ValueError(f"{where}: {config.num_hidden_layers} layers; 1 to {MOST_LAYERS} are possible")
+    return config
+
+
+def fits(value: Any, kind: str) -> bool:
+    """Whether `value` is of the annotated type, and a number in a config's range."""
+    kind, _, rest = kind.partition(" | ")
+    if value is None:
+        return rest == "None"
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, {"bool": bool, "str": str}.get(kind, object))
