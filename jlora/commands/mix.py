@@ -14,6 +14,7 @@ from jlora.commands.settings import say
 from jlora.config import LoraConfig
 from jlora.io.adapters import OTHER, Part, entry_of, read_arrays, read_config, scaling_of
 from jlora.io.load import read_json
+from jlora.io.patterns import Patterns
 from jlora.io.peft import save_peft
 from jlora.mix import Method, mix
 from jlora.models.tensors import HFTensor
@@ -82,6 +83,7 @@ def weighted(word: str) -> tuple[str, float]:
 def read(folder: str) -> dict[str, dict[str, Any]]:
     """{module: {"kernel" or "embedding": factors}} of a folder. Raises ValueError naming what are no factors."""
     settings, arrays = read_config(folder), read_arrays(folder)
+    alphas = Patterns(settings.alpha_pattern, folder)
     factors = (*OTHER, *OTHER.values())
     other = [name for name in arrays if not name.endswith(factors)]
     if other:
@@ -96,9 +98,9 @@ def read(folder: str) -> dict[str, dict[str, Any]]:
             continue
         module = name.removesuffix(f".{kind}")
         b = arrays.get(f"{module}.{OTHER[kind]}")
-        if b is None or b.shape[1] != array.shape[0]:
+        if b is None or array.ndim != 2 or b.ndim != 2 or not b.shape[1] == len(array) > 0:
             raise ValueError(f"{folder}: {name} {list(array.shape)} has no {OTHER[kind]} of its rank")
         part = "embedding" if "embedding" in kind else "kernel"
-        held = Part(None, array.T, b.T, scaling_of(settings, module, len(array)), None)
+        held = Part(None, array.T, b.T, scaling_of(settings, alphas, module, len(array)), None)
         out[module] = {part: entry_of(None, [held], jnp.float32)}
     return out

@@ -155,7 +155,7 @@ def tokenizer_of(reader: Any) -> Any:
             f"GGUF tokenizer {get('tokenizer.ggml.model', str)!r} is not supported: byte-level BPE (gpt2) is"
         )
     tokens, kinds = get("tokenizer.ggml.tokens", list), get("tokenizer.ggml.token_type", list)
-    merges = [tuple(str(merge).split(" ", 1)) for merge in get("tokenizer.ggml.merges", list)]
+    merges: Any = [tuple(str(merge).split(" ", 1)) for merge in get("tokenizer.ggml.merges", list)]
     if not all(isinstance(token, str) for token in tokens) or len(kinds) != len(tokens):
         raise ValueError(f"the GGUF file has {len(tokens)} tokens and {len(kinds)} token types")
     if any(len(pair) != 2 for pair in merges):

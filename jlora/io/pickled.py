@@ -97,7 +97,8 @@ class Machine:
         return self.stack.pop()
 
     def drop(self) -> None:
-        self.pop(), self.top()
+        self.pop()
+        self.top()
 
     def marked(self) -> list[Any]:
         """What lies above the last mark."""

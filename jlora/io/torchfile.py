@@ -154,7 +154,8 @@ def from_stream(path: Path) -> Any:
     load: Any = lambda: unpickle(file, storage_type, Lazy, storage)  # pyright: ignore[reportArgumentType]
     if load() != MAGIC:
         raise ValueError("it does not begin as one")
-    load(), load()  # the protocol's version, the machine's sizes
+    load()  # the protocol's version
+    load()  # the machine's sizes
     out = load()
     for key in load():
         entry, size = held[str(key)], int.from_bytes(file.read(8), "little")
