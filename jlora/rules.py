@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.leaves import RANK, LoraLeaf, contract
+from jlora.leaves import RANK, LoraLeaf
+from jlora.thin import thin
 
 Axes = tuple[int, ...]
 
@@ -54,10 +55,10 @@ def dot_general(eqn: Any, bind: Callable[..., Any], position: int, lhs: Any, rhs
     middle += tuple(ax for ax in first_axes if ax not in middle and (ax in out_axes or ax in second_axes))
     precision = eqn.params["precision"]
     x = drop_out(leaf, x)
-    h = contract(x, x_axes, first.astype(x.dtype), first_axes, middle, precision=precision)
+    h = thin(x, x_axes, first.astype(x.dtype), first_axes, middle, precision=precision)
     second = (second * leaf.scaling).astype(x.dtype)
     accumulate = eqn.params["preferred_element_type"]
-    delta = contract(h, middle, second, second_axes, out_axes, precision=precision, preferred_element_type=accumulate)
+    delta = thin(h, middle, second, second_axes, out_axes, precision=precision, preferred_element_type=accumulate)
     return base + delta.astype(base.dtype)
 
 

@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         parts = (self.config, self.dtype, self.param_dtype)
         layer: Any = Layer
         if self.remat:
-            policy = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=policy)
         if not self.scan_layers:
             for n in range(self.config.num_hidden_layers):

@@ -69,7 +69,7 @@ def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan:
     them. remat: False, True (keep nothing of a layer) or "dots" (keep products with weights).
     """
     if remat:
-        policy = jax.checkpoint_policies.checkpoint_dots if remat == "dots" else None
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         block = nn.remat(block, prevent_cse=not scan, policy=policy)
     if not scan:
         return [block(*fields) for _ in range(layers)]
