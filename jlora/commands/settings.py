@@ -98,7 +98,7 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite that are skipped before the run stops."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights and the computation; factors are float32."""
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots"] = "dots"
     """Compute activations again in the backward pass (all, or all but products of matrices): less memory, more time."""
     seed: int = 0
     eval_every: int = 0

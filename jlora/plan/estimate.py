@@ -77,7 +77,7 @@ def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
     block = scores * (4 + e) + inner * e * (4 if c.gated else 3) + layer * e * 8
     saved = c.layers * layer * e
     if plan.remat != "full":
-        kept = inner * (3 if c.gated else 2) + layer * 6 + (scores if plan.remat == "dots" else 3 * scores)
+        kept = inner * (3 if c.gated else 2) + layer * 6 + (0 if plan.remat == "dots" else 3 * scores)
         saved += c.layers * kept * e
     logits = min(plan.chunk, tokens) * c.vocab // tensor * 4 * 2
     everything = run.frozen if plan.method != "full" else run.state.trained
