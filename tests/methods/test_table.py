@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import KEY, TOKENS, encoder, jitter, llama, stacks
+from toys import KEY, TOKENS, apply_of, encoder, jitter, llama, stacks
 
 import jlora
-from jlora.methods import adapter, bitfit, dora, full, ia3
+from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3
 from jlora.methods.together import together
 from jlora.tree import size
 
@@ -19,6 +19,8 @@ METHODS = {
     "lora": (lambda p: jlora.lorafy(p, 2, key=KEY, layouts=stacks(p)), 2e-6, True),
     "dora": (lambda p: dora.make(p, 2, key=KEY, layouts=stacks(p)), 1e-5, True),
     "dora, pissa": (lambda p: dora.make(p, 2, key=KEY, layouts=stacks(p), init="pissa"), 1e-4, True),
+    "adalora": (lambda p: adalora.make(p, 2, key=KEY, layouts=stacks(p)), 2e-6, True),
+    "eva": (lambda p: eva.make(p, 2, apply_of(p), [TOKENS], key=KEY, layouts=stacks(p)), 2e-6, True),
     "ia3": (lambda p: ia3.make(p), 2e-6, True),
     "full": (lambda p: full.make(p), 2e-6, True),
     "top 2": (lambda p: full.top(p, 2), 2e-6, True),

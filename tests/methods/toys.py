@@ -85,6 +85,12 @@ def llama(scan=True, dtype=jnp.float32):
     return (lambda p, t: model.apply({"params": p}, t)), jax.tree.map(lambda x: x.astype(dtype), params)
 
 
+def apply_of(params):
+    """The function of these parameters, for methods that watch it."""
+    scan = "layers" in params
+    return (encoder if "classifier" in params else llama)(scan)[0]
+
+
 def stacks(params):
     """The layouts of a scanned model's kernels."""
     leaves = jlora.tree.paths(params)
