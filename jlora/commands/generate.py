@@ -12,6 +12,7 @@ import tyro
 
 import jlora
 from jlora.commands.settings import say
+from jlora.data.template import render
 from jlora.generate import GenerateConfig, generate_text, stream
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
@@ -81,7 +82,7 @@ def rendered(base: Pretrained, messages: list[dict[str, str]]) -> str:
     """A conversation as text, ready for the model's turn. Raises ValueError without a chat template."""
     if not base.tokenizer.chat_template:
         raise ValueError(f"{base.source} has no chat template: give the prompt's text with --raw")
-    return base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render(base.tokenizer, messages, True, base.source)
 
 
 def opening(config: Writing) -> list[dict[str, str]]:

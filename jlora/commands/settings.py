@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jlora.io.text import one_line
+
 C = TypeVar("C")
+LARGEST = 2**20
+"""Bytes of a settings file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +145,14 @@ def read_settings(cls: type[C], path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
-    text = Path(path).read_text(encoding="utf-8")
+    if Path(path).stat().st_size > LARGEST:
+        raise ValueError(f"{path}: settings take a few lines, not {Path(path).stat().st_size} bytes")
     try:
-        held = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        held = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError) as error:  # what a wrong tag meets
+        raise ValueError(f"{path}: not YAML: {one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML of any use: it is nested too deep") from None
     if held is None:
         return {}
     if not isinstance(held, dict):
@@ -151,11 +160,11 @@ def read_settings(cls: type[C], path: str | Path) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     out = {}
     for key, value in held.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_") if isinstance(key, str) else reprlib.repr(key)
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(fields)}"
-            raise ValueError(f"{path}: unknown key {key!r}: {hint}")
+            raise ValueError(f"{path}: unknown key {reprlib.repr(key)}: {hint}")
         out[name] = as_field(value, str(fields[name].type), f"{path}: key {key!r}")
     return out
 
@@ -166,28 +175,34 @@ def as_field(value: Any, kind: str, where: str) -> Any:
         many = [value] if isinstance(value, str) else value
         if isinstance(many, list) and all(isinstance(item, str) for item in many):
             return tuple(many)
-        raise ValueError(f"{where}: a list of text, got {value!r}")
-    try:
-        if kind == "float" and not isinstance(value, bool):
-            return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: a number, got {value!r}") from None
+        raise ValueError(f"{where}: a list of text, got {reprlib.repr(value)}")
+    if kind == "float":
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")
+        if not math.isfinite(number):
+            raise ValueError(f"{where}: a number, got {reprlib.repr(value)}")
+        return number
     if kind.startswith("Literal["):
         import ast
 
         choices = ast.literal_eval(kind.removeprefix("Literal"))
         if value in choices:
             return value
-        raise ValueError(f"{where}: one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{where}: one of {', '.join(choices)}, got {reprlib.repr(value)}")
     plain = {"int": int, "bool": bool, "str": str}.get(kind.removesuffix(" | None"))
     fits = plain is None or (isinstance(value, plain) and not (plain is int and isinstance(value, bool)))
     if fits or (value is None and kind.endswith("| None")):
         return value
-    raise ValueError(f"{where}: {kind}, got {value!r}")
+    raise ValueError(f"{where}: {kind}, got {reprlib.repr(value)}")
 
 
 def check(config: TrainConfig) -> None:
     """Raises ValueError for a setting out of its range."""
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < 2**31):
+            raise ValueError(f"{name} = {value}: it is out of any range")
     positive = ("batch", "accumulate", "max_length", "buckets", "rank", "epochs", "learning_rate")
     for name in positive:
         if getattr(config, name) <= 0:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jlora.io.text import one_line
+
 
 class DataError(ValueError):
     """A row that cannot be used; the message names file, line and key."""
@@ -45,6 +47,10 @@ def _jsonl(path: Path) -> Records:
                 raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+            except RecursionError:
+                raise DataError(f"{where}: nested too deep for a row") from None
+            except ValueError as error:
+                raise DataError(f"{where}: not JSON: {one_line(error)}") from None
 
 
 def _csv(path: Path, **dialect: Any) -> Records:
@@ -58,6 +64,8 @@ def _csv(path: Path, **dialect: Any) -> Records:
                 yield where, record
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8 (byte {error.start})") from None
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num + 1}: {one_line(error)}: JSONL has no such limit") from None
 
 
 def _tsv(path: Path) -> Records:
@@ -67,7 +75,7 @@ def _tsv(path: Path) -> Records:
 
 def _parquet(path: Path) -> Records:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise ImportError(f'{path} needs pyarrow: pip install "jlora[data]"') from None
     try:
@@ -77,8 +85,8 @@ def _parquet(path: Path) -> Records:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", record
-    except ArrowInvalid as error:
-        raise DataError(f"{path}: not Parquet, or cut short: {' '.join(str(error).split())}") from None
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not Parquet, or cut short: {one_line(error)}") from None
 
 
 READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
@@ -92,7 +100,7 @@ def _hub(name: str, split: str, stream: bool) -> Records:
     name, _, config = name.partition(":")
     try:
         held = datasets.load_dataset(name, config or None, split=split, streaming=stream)
-    except (ValueError, OSError) as error:
-        raise DataError(f"hub:{name}[{split}]: {' '.join(str(error).split())[:300]}") from None
-    for n, record in enumerate(held):
-        yield f"hub:{name}[{split}]:{n}", record
+        for n, record in enumerate(held):
+            yield f"hub:{name}[{split}]:{n}", record
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"hub:{name}[{split}]: {one_line(error)}") from None

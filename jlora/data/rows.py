@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import string
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.files import DataError, records
+from jlora.io.text import one_line
 
 ROLES = ("system", "user", "assistant", "tool")
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
@@ -94,11 +96,21 @@ def adapt(record: Any, columns: Columns, where: str) -> Any:
         out[to] = record[old]
     for name, template in (("prompt", columns.prompt), ("completion", columns.completion)):
         if template is not None:
-            for _, field, _, _ in string.Formatter().parse(template):
-                if field is not None and field not in record:
+            for field in _fields(template, name):
+                if field not in record:
                     raise DataError(f"{where}: {name} template names {field!r}, which is missing ({_keys(record)})")
-            out[name] = template.format(**record)
+            try:
+                out[name] = template.format(**record)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{where}: {name} template {template!r:.80}: {one_line(error)}") from None
     return out
+
+
+def _fields(template: str, name: str) -> list[str]:
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise DataError(f"{name} template {template!r:.80}: {one_line(error)}") from None
 
 
 def parse_row(record: Any, where: str, label: bool = False) -> Row:
@@ -136,7 +148,7 @@ def _labelled(record: dict[str, Any], where: str) -> Row:
         second = "pair" if "pair" in record else None
     text, pair = _text(record, first, where), _text(record, second, where) if second else None
     label = record.get("label", record.get("score"))
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
+    if isinstance(label, bool) or not isinstance(label, str | int | float) or not _finite(label):
         raise DataError(f"{where}: key 'label' must be a class or a number, got {_kind(label)}")
     return Row(text=text, pair=pair, label=label, where=where)
 
@@ -146,7 +158,20 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
         raise DataError(f"{where}: key {key!r} is missing ({_keys(record)})")
     if not isinstance(record[key], str):
         raise DataError(f"{where}: key {key!r} must be text, got {_kind(record[key])}")
-    return record[key]
+    return _unicode(record[key], f"{where}: key {key!r}")
+
+
+def _unicode(text: str, where: str) -> str:
+    """JSON can spell half of a pair of surrogates, which is no text and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half a character (a lone surrogate) at {error.start}") from None
+    return text
+
+
+def _finite(label: str | int | float) -> bool:
+    return isinstance(label, str) or math.isfinite(label)
 
 
 def _answer(record: dict[str, Any], key: str, where: str) -> str:
@@ -164,20 +189,23 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
         if not isinstance(message, dict):
             raise DataError(f"{at}' must be an object with role and content, got {_kind(message)}")
         if message.get("role") not in ROLES:
-            raise DataError(f"{at}.role' must be one of {', '.join(ROLES)}, got {message.get('role')!r}")
+            raise DataError(f"{at}.role' must be one of {', '.join(ROLES)}, got {_kind(message.get('role'))}")
         if not isinstance(message.get("content"), str):
             raise DataError(f"{at}.content' must be text, got {_kind(message.get('content'))}")
+        _unicode(message["content"], f"{at}.content'")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: key 'messages' has no assistant turn: there is nothing to learn from the row")
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return "nothing" if value is None else f"{type(value).__name__} {one_line(value, 40)!r}"
 
 
 def _keys(record: dict[str, Any]) -> str:
-    return f"the row's keys: {', '.join(map(repr, record)) or 'none'}"
+    some = list(record)[:12]
+    more = f" and {len(record) - len(some)} more" if len(record) > len(some) else ""
+    return f"the row's keys: {', '.join(f'{one_line(key, 40)!r}' for key in some) or 'none'}{more}"
 
 
 def _pip(name: str) -> list[Row]:

@@ -22,7 +22,11 @@ TEMPLATE = "{kind}: {text}\nSentiment:"
 def parse_snippets(path: str | Path) -> list[tuple[float, str]]:
     """(mean rating in [-4, 4], text) of each line `id<TAB>rating<TAB>text`. Raises DataError naming the line."""
     out = []
-    for line, raw in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
+    for line, raw in enumerate(text.splitlines(), start=1):
         parts = raw.split("\t", 2)
         try:
             out.append((float(parts[1]), parts[2].strip()))

@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora.data.files import DataError
 from jlora.data.rows import Row
+from jlora.data.template import render as render_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,7 @@ def chat_pieces(row: Row, tokenizer: Any) -> list[tuple[list[int], bool]]:
         raise DataError(f"{row.where}: key 'messages' needs a tokenizer with a chat template; this one has none")
 
     def render(count: int, prompt: bool) -> str:
-        messages = list(row.messages[:count])
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return render_template(tokenizer, row.messages[:count], prompt, row.where)
 
     pieces: list[tuple[list[int], bool]] = []
     done = ""

@@ -84,10 +84,10 @@ def config_of(reader: Any) -> LlamaConfig:
     get = metadata(reader)
     arch = get("general.architecture", str)
     if arch not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"GGUF architecture {arch!r} is not supported: llama, qwen2 and qwen3 are")
+        raise ValueError(f"GGUF architecture {arch!r:.60} is not supported: llama, qwen2 and qwen3 are")
     scaling = get(f"{arch}.rope.scaling.type", str, "none")
     if scaling not in ("none", "linear"):
-        raise ValueError(f"GGUF rope scaling {scaling!r} is not supported: linear is")
+        raise ValueError(f"GGUF rope scaling {scaling!r:.60} is not supported: linear is")
     names = {tensor.name for tensor in reader.tensors}
     if "rope_freqs.weight" in names:
         raise ValueError("rope_freqs.weight (Llama 3.1's long rope) is not read from GGUF: use the Hub's checkpoint")
@@ -152,7 +152,7 @@ def tokenizer_of(reader: Any) -> Any:
     get = metadata(reader)
     if get("tokenizer.ggml.model", str) != "gpt2":
         raise ValueError(
-            f"GGUF tokenizer {get('tokenizer.ggml.model', str)!r} is not supported: byte-level BPE (gpt2) is"
+            f"GGUF tokenizer {get('tokenizer.ggml.model', str)!r:.60} is not supported: byte-level BPE (gpt2) is"
         )
     tokens, kinds = get("tokenizer.ggml.tokens", list), get("tokenizer.ggml.token_type", list)
     merges: Any = [tuple(str(merge).split(" ", 1)) for merge in get("tokenizer.ggml.merges", list)]
@@ -174,7 +174,9 @@ def tokenizer_of(reader: Any) -> Any:
         split = pre_tokenizers.Split(_regex(SPLITS[pre]), behavior="isolated")
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     else:
-        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported: {', '.join(['smollm', 'gpt-2', *SPLITS])} are")
+        raise ValueError(
+            f"GGUF pre-tokenizer {pre!r:.60} is not supported: {', '.join(['smollm', 'gpt-2', *SPLITS])} are"
+        )
     bpe.decoder = decoders.ByteLevel()
     typed = list(zip(tokens, kinds, strict=True))
     bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == 3])

@@ -7,18 +7,27 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jlora.io.text import one_line
 
 LARGEST = 2**24
 """Of any size in a config; the largest in use are vocabularies of some 262,000 and windows of ten million."""
 MOST_LAYERS = 4096
+POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+POSITIVE += ("n_embd", "n_head", "n_positions", "max_position_embeddings")
 
 
 def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
     """`family.from_hf(hub)`. Raises ValueError naming `where` for a field that is missing, of another type or no
     possible size."""
+    names = {field.name for field in dataclasses.fields(family)}
+    huge = [name for name in sorted(names & set(hub)) if isinstance(hub[name], int) and abs(hub[name]) > LARGEST]
+    if huge:  # before anything of that size is made
+        raise ValueError(f"{where}: {huge[0]} is {hub[huge[0]]!r:.60}; no model is of that size")
     try:
-        config = family.from_hf(hub)
+        with np.errstate(all="raise"):
+            config = family.from_hf(hub)
     except KeyError as error:
         raise ValueError(f"{where} lacks {one_line(error)}") from None
     except (TypeError, ArithmeticError, AttributeError, IndexError) as error:
@@ -29,6 +38,9 @@ def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
         value = getattr(config, field.name)
         if not fits(value, str(field.type)):
             raise ValueError(f"{where}: {field.name} is {value!r:.60}, not {field.type} in its range")
+    none = [name for name in POSITIVE if getattr(config, name, 1) < 1]
+    if none:
+        raise ValueError(f"{where}: {none[0]} is {getattr(config, none[0])}; it is 1 or more")
     if not 0 < config.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(f"{where}: {config.num_hidden_layers} layers; 1 to {MOST_LAYERS} are possible")
     return config

@@ -62,8 +62,8 @@ def bounded():
         signal.signal(signal.SIGALRM, before)
 
 
-def refused(call, folder, says=""):
-    """`call()` raises ValueError or OSError of one line that matches `says`."""
+def refused(call, folder, says=None):
+    """`call()` raises ValueError or OSError of one line, in which the regex `says` is found."""
     before = listing(folder)
     with bounded(), pytest.raises((ValueError, OSError), match=says) as caught:
         call()
