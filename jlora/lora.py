@@ -10,7 +10,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,12 @@ from jlora.tree import Targets, first_match, path_of, paths, select
 
 
 class Adapter:
-    """A node of the trainable tree: what is trained about one weight. `attach` makes the leaf the model meets."""
+    """A node of the trainable tree: what is trained about one weight. `attach` makes the leaf the model meets.
+
+    mergeable: False where what is trained is beside the weights, so that no tree of weights can hold it.
+    """
+
+    mergeable: ClassVar[bool] = True
 
     def attach(self, w: Any, path: str, dropout: float, key: Any) -> ImplicitLeaf:
         raise NotImplementedError
@@ -249,8 +254,12 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
 def merge(frozen: Any, lora: Any) -> Any:
     """A plain tree of weights W + scaling * A·B, each in its weight's dtype, the product taken in full precision.
 
-    Un-merging is keeping `frozen`: it still holds W exactly.
+    Un-merging is keeping `frozen`: it still holds W exactly. Raises ValueError for what is no weight (an adapter layer,
+    a prefix).
     """
+    for path, entry in paths(lora, is_adapter).items():
+        if is_adapter(entry) and not entry.mergeable:
+            raise ValueError(f"{path or 'the tree'} has {entry.describe()}, which is no weight: it cannot be merged")
 
     def at(leaf: Any) -> Any:
         return leaf.materialise() if is_implicit(leaf) else leaf

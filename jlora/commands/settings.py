@@ -58,7 +58,7 @@ class TrainConfig:
     """Go on from this adapter (its folder); the method and its settings are then its own."""
     method: str = "lora"
     """lora, rslora, lora-plus, dora, pissa, olora, ia3, full, top, bitfit, norms, houlsby, pfeiffer, lin, parallel,
-    prompt, p-tuning, prefix, intrinsic, or a sum: lora+bitfit."""
+    prompt, p-tuning, prefix, prefix-kv, intrinsic, or a sum: lora+bitfit."""
     rank: int = 8
     """Of LoRA and its kin; alpha / rank scales them."""
     alpha: float = 16.0
@@ -77,7 +77,7 @@ class TrainConfig:
     drop: int = 0
     """The first layers that get no adapter layer."""
     virtual_tokens: int = 16
-    """Of prompt, p-tuning and prefix."""
+    """Of prompt, p-tuning, prefix and prefix-kv."""
     network: int = 128
     """Width of p-tuning's network."""
     top_layers: int = 2

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import LoraConfig
-from jlora.io import plain
+from jlora.io import peft_kin, plain
 from jlora.io.load import Pretrained
 from jlora.io.objects import read_json
 from jlora.io.patterns import Patterns
@@ -255,9 +255,15 @@ About: TypeAlias = LoraConfig | MethodConfig
 """What an adapter is: LoRA's settings, or a method's by its name."""
 
 
+PEFT_NAMES = {"IA3": "ia3", "PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix-kv"}
+"""Methods that have files of their own in PEFT (`io/peft_kin.py`), by peft_type."""
+
+
 def about(folder: str | Path) -> About:
     """What the adapter of `folder` is. Raises ValueError for a peft_type that is not read here."""
     held = adapter_json(folder)
+    if held.get("peft_type") in PEFT_NAMES:
+        return MethodConfig(method=PEFT_NAMES[held["peft_type"]], virtual_tokens=held.get("num_virtual_tokens") or 16)
     if held.get("peft_type") != plain.KIND:
         return read_config(folder)
     fields = {field.name for field in dataclasses.fields(MethodConfig)}
@@ -274,7 +280,15 @@ def load_adapter(base: Pretrained, folder: str | Path) -> tuple[Any, Any, Any]:
     held = adapter_json(folder)
     if held.get("peft_type") == plain.KIND:
         return *plain.load_plain(folder, held, read_arrays(folder), base.params), about(folder)
+    if held.get("peft_type") in PEFT_NAMES:
+        return *peft_kin.load_kin(folder, held, read_arrays(folder), base), about(folder)
     return load_peft(folder, base.params, base.tensors)
+
+
+def task_of(model: Any) -> str | None:
+    """PEFT's task_type of a model."""
+    judges = getattr(model, "head", None) in ("classify", "regress")
+    return "CAUSAL_LM" if hasattr(model, "init_cache") else "SEQ_CLS" if judges else None
 
 
 def save_adapter(
@@ -289,5 +303,10 @@ def save_adapter(
         map(is_adapter, entries.values())
     ):
         config = about if isinstance(about, LoraConfig) else lora_config(about)
-        return save_peft(folder, trained, config, base.tensors, base.source, card=card)
+        return save_peft(folder, trained, config, base.tensors, base.source, task=task_of(base.model), card=card)
+    if (kind := peft_kin.kind_of(base, trained)) is not None:
+        named_so = kind == "PROMPT_TUNING" and isinstance(about, MethodConfig) and about.method == "p-tuning"
+        return peft_kin.save_kin(
+            folder, base, trained, "P_TUNING" if named_so else kind, card or {}, task_of(base.model)
+        )
     return plain.save_plain(folder, trained, base.params, base.source, dataclasses.asdict(about), card or {})

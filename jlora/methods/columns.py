@@ -7,6 +7,7 @@ and generation (greedy, sampled, beams) are those of the model without a prefix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jlora.leaves import RANK
 from jlora.lora import Together
 from jlora.methods.plant import entries_of, leaves_of
 from jlora.methods.prefix import PrefixLayer, PrefixRows, columns
+from jlora.methods.prefix_kv import NAME, KeptColumns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,7 @@ class Prefixed:
         own = context.method_name == "hidden" and isinstance(context.module, type(self.model))
         if not own or (cache is not None and "empty" not in cache):
             return call(*args, **kwargs)
-        if kwargs.get("segment_ids") is not None or kwargs.get("positions") is not None:
-            raise ValueError("packed examples cannot have virtual tokens: give each its own row (packing off)")
+        refuse_packed(kwargs)
         (tokens,), options = args, dict(kwargs)
         tokens, options["mask"] = columns(tokens, options.get("mask"), self.n, self.first_id)
         if not self.step:
@@ -59,15 +60,62 @@ class Prefixed:
         return hidden[:, self.n :], cache
 
 
-def reading(model: Any, frozen: Any, trained: Any) -> Any:
-    """`model` as it must be run with the prefixes of `trained`: `Prefixed`, or itself where there are none.
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A decoder whose cache holds `n` trained columns before it reads anything (`prefix_kv`)."""
 
-    Raises ValueError where an embedding's prefix and the layers' differ in length.
+    model: Any
+    n: int
+
+    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """As `Prefixed.init_cache`."""
+        return {"empty": self.model.init_cache(batch, size + self.n)}
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's. Raises ValueError for packed examples, which would share one prefix."""
+        params = dict(variables["params"])
+        kept = params.pop(NAME)
+        with nn.intercept_methods(functools.partial(self.widen, kept)):
+            return self.model.apply({**variables, "params": params}, *args, **kwargs)
+
+    def widen(self, kept: Any, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        cache = kwargs.get("cache")
+        own = context.method_name == "hidden" and isinstance(context.module, type(self.model))
+        if not own or (cache is not None and "empty" not in cache):
+            return call(*args, **kwargs)
+        refuse_packed(kwargs)
+        (tokens,) = args
+        room = self.model.init_cache(tokens.shape[0], tokens.shape[1] + self.n) if cache is None else cache["empty"]
+
+        def put(old: jax.Array, columns: jax.Array) -> jax.Array:
+            columns = columns.reshape(columns.shape[0], 1, self.n, *old.shape[3:]).astype(old.dtype)
+            return old.at[:, :, : self.n].set(columns)
+
+        kv = tuple(put(old, kept[name]) for old, name in zip(room["kv"], ("keys", "values"), strict=True))
+        full = {**room, "kv": kv, "mask": room["mask"].at[:, : self.n].set(True), "index": room["index"] + self.n}
+        hidden, grown = call(tokens, **{**kwargs, "cache": full})
+        return hidden if cache is None else (hidden, grown)
+
+
+def refuse_packed(options: Any) -> None:
+    if options.get("segment_ids") is not None or options.get("positions") is not None:
+        raise ValueError("packed examples cannot have virtual tokens: give each its own row (packing off)")
+
+
+def reading(model: Any, frozen: Any, trained: Any) -> Any:
+    """`model` as it must be run with the prefixes of `trained`: `Prefixed`, `Filled`, or itself where there are none.
+
+    Raises ValueError where prefixes of several kinds do not go together, or for keys and values without a cache.
     """
     trees = trained.trees if isinstance(trained, Together) else (trained,)
     found = [(path, entry) for tree in trees for path, entry in entries_of(tree).items()]
     rows = {path: entry for path, entry in found if isinstance(entry, PrefixRows)}
     layers = [entry for _, entry in found if isinstance(entry, PrefixLayer)]
+    kept = [entry.keys.shape[1] for _, entry in found if isinstance(entry, KeptColumns)]
+    if kept and (rows or layers or len(kept) > 1 or not hasattr(model, "init_cache")):
+        raise ValueError("keys and values of a prefix need a decoder, with no other prefix beside them")
+    if kept:
+        return Filled(model, kept[0])
     sizes = {jax.eval_shape(entry.settled).rows.shape[0] for entry in rows.values()}
     sizes |= {entry.prefix.shape[entry.axes.index(RANK)] for entry in layers}
     if not sizes:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jlora.config import LoraConfig
 from jlora.lora import is_adapter, lorafy
-from jlora.methods import adapter, bitfit, dora, full, ia3, intrinsic, prefix
+from jlora.methods import adapter, bitfit, dora, full, ia3, intrinsic, prefix, prefix_kv
 from jlora.methods.plant import leaves_of
 from jlora.methods.points import POINTS, find
 from jlora.methods.together import flat, together
@@ -111,6 +111,7 @@ METHODS: dict[str, Made] = {
     "prompt": lambda params, c, layouts, key: prefix.embedding(params, c.virtual_tokens, key=key),
     "p-tuning": lambda params, c, layouts, key: prefix.embedding(params, c.virtual_tokens, hidden=c.network, key=key),
     "prefix": lambda params, c, layouts, key: prefix.layer(params, c.virtual_tokens, layouts=layouts, key=key),
+    "prefix-kv": lambda params, c, layouts, key: prefix_kv.make(params, c.virtual_tokens, layouts=layouts, key=key),
 }
 """In the order in which the parts of a sum are made: what trains leaves whole comes before what builds on them."""
 

@@ -127,6 +127,8 @@ class PrefixRows(Adapter):
     rows: Any
     network: Any = None
 
+    mergeable: ClassVar[bool] = False
+
     def settled(self) -> PrefixRows:
         if self.network is None:
             return self

@@ -55,6 +55,8 @@ def test_there_and_back(method, bases, tmp_path):
     ):  # those change the base: `jlora train` writes them for the plain one
         same(frozen_again, frozen)
     held = json.loads((tmp_path / "adapter_config.json").read_text())
+    own = {"ia3": "IA3", "prompt": "PROMPT_TUNING", "prefix-kv": "PREFIX_TUNING"}
+    assert held["peft_type"] in ("LORA", "JLORA", own.get(method))
     assert (held["peft_type"] == "LORA") == isinstance(what, jlora.LoraConfig)
     assert (held["peft_type"] == "LORA") == (method in (*named.LORA_KIN, "lora+bitfit", "pissa+norms"))
     if held["peft_type"] == "JLORA":
