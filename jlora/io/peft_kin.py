@@ -107,7 +107,9 @@ def ia3_file(base: Pretrained, trained: Any) -> tuple[dict[str, np.ndarray], dic
         row = lambda x, tensor=tensor: np.asarray(x if tensor.layer is None else x[tensor.layer])
         if not is_adapter(entry):
             arrays[PREFIX + tensor.name] = np.ascontiguousarray(row(entry).T if tensor.transpose else row(entry))
-            whole.add(module_of(tensor))
+            # PEFT saves a classifier's parts together, under its name
+            name = module_of(tensor)
+            whole.add(next((part for part in name.split(".") if part in ("classifier", "score")), name))
             continue
         inputs = entry.axes[-1] == len(shapes[tensor.path]) - 2
         names[inputs].append(module_of(tensor))
