@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +21,7 @@ from jlora.bank import AdapterBank, BankFull, Shelf
 from jlora.io.load import Pretrained
 from jlora.serve.request import Ask, Event, Request
 from jlora.serve.sample import Sampling
-from jlora.serve.slots import decode, empty, prefill
+from jlora.serve.slots import decode, empty, prefill, resized, seat
 
 
 class QueueFull(RuntimeError):
@@ -31,6 +32,8 @@ class Engine:
     """`base` with adapters, `slots` requests at a time of at most `max_length` tokens each, prompt and answer.
 
     queue: requests that may wait. adapters: how many stay in memory; others are read from disk when asked for.
+    together: prompts of one padded length that are read at once. burst: tokens a slot between two looks at the queue;
+    above 1 the device is asked less often, a new request waits longer, and what is written past an end is dropped.
     """
 
     def __init__(
@@ -43,8 +46,11 @@ class Engine:
         adapters: int = 8,
         rank: int = 8,
         smallest: int = 32,
+        together: int = 4,
+        burst: int = 1,
     ) -> None:
-        for name, value in (("slots", slots), ("queue", queue), ("adapters", adapters)):
+        sizes = {"slots": slots, "queue": queue, "adapters": adapters, "together": together, "burst": burst}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} = {value}: it must be 1 or more")
         if base.tokenizer is None:
@@ -55,12 +61,14 @@ class Engine:
         # at least one adapter more than slots: a request is never kept waiting by the adapters of the others
         self.shelf = Shelf(base, AdapterBank(base.params, capacity=max(adapters, slots + 1), rank=rank))
         self.running: list[Request | None] = [None] * slots
-        self.state = empty(base.model, slots, max_length)
+        self.smallest, self.together, self.burst = smallest, min(together, slots), burst
+        self.size = smallest
+        self.state = empty(base.model, slots, self.size)
         self.rows, self.how = np.zeros(slots, np.int32), [Ask((0,))] * slots
+        self.placed: Any = None  # active, rows and settings on the device, as long as nobody comes or goes
         self.waiting: collections.deque[Request] = collections.deque()
         self.commands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self.changed, self.stopping, self.failed = threading.Condition(), False, ""
-        self.smallest = smallest
         eos = base.tokenizer.eos_token_id
         self.ends = frozenset() if eos is None else frozenset([int(eos)])
         self.counts: dict[str, float] = collections.defaultdict(float)
@@ -133,7 +141,7 @@ class Engine:
         return 1 + len(self.waiting) // len(self.running)
 
     def bucket(self, length: int) -> int:
-        """The padded length of a prompt: the next power of two, so that few shapes are compiled."""
+        """`length` or a little more: the next power of two, so that few shapes are compiled."""
         size = self.smallest
         while size < length:
             size *= 2
@@ -179,60 +187,92 @@ class Engine:
             if request.cancelled or now > request.deadline:
                 request.end("cancelled" if request.cancelled else "timeout", message="out of time")
         with self.changed:
+            over = [r for r in self.waiting if r.finish]
             self.waiting = collections.deque(r for r in self.waiting if not r.finish)
+        for request in over:
+            self.counts[f"finished_{request.finish}"] += 1
         for slot, request in enumerate(self.running):
             if request is not None and request.finish:
                 self.free(slot)
 
     def admit(self) -> None:
-        if None not in self.running or not self.waiting:
-            return
-        with self.changed:
-            request = self.waiting.popleft()
-        slot, ask = self.running.index(None), request.ask
-        try:
-            row = self.shelf.pin(ask.adapter)
-        except BankFull:
+        """Read prompts of one padded length, as many as there are slots for, at most `together`."""
+        group: list[int] = []
+        while None in self.running and len(group) < self.together:
             with self.changed:
-                self.waiting.appendleft(request)
-            return
-        except (ValueError, OSError) as error:  # the folder has gone or changed since it was offered
-            request.end("error", message=str(error))
-            return
-        self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
-        self.counts["prompt_tokens"] += len(ask.tokens)
-        tokens = np.zeros((1, self.bucket(len(ask.tokens))), np.int32)
-        tokens[0, : len(ask.tokens)] = ask.tokens
-        new, self.state = prefill(
-            self.base.model,
-            self.max_length,
-            self.base.params,
-            self.shelf.bank.tree(),
-            self.state,
-            tokens,
-            np.int32(len(ask.tokens)),
-            np.int32(slot),
-            np.asarray([row], np.int32),
-            sampling([ask]),
-        )
-        self.take(slot, int(new[0]))
+                if not self.waiting:
+                    break
+                request = self.waiting[0]
+                if group and self.prompt_bucket(request) != self.prompt_bucket(self.running[group[0]]):
+                    break
+                self.waiting.popleft()
+            slot, ask = self.running.index(None), request.ask
+            try:
+                row = self.shelf.pin(ask.adapter)
+            except BankFull:
+                with self.changed:
+                    self.waiting.appendleft(request)
+                break
+            except (ValueError, OSError) as error:  # the folder has gone or changed since it was offered
+                request.end("error", message=str(error))
+                self.counts["finished_error"] += 1
+                continue
+            self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
+            group.append(slot)
+        if group:
+            self.read(group)
+
+    def prompt_bucket(self, request: Request | None) -> int:
+        assert request is not None
+        return self.bucket(len(request.ask.tokens))
+
+    def read(self, group: list[int]) -> None:
+        """The prompts of these slots, all of one bucket; the first token of each."""
+        asks = [self.how[slot] for slot in group]
+        # one prompt or a full group, so that few shapes are compiled; rows that fill it up have no slot
+        width = 1 if len(group) == 1 else self.together
+        spare = [Ask((0,))] * (width - len(group))
+        tokens = np.zeros((width, self.prompt_bucket(self.running[group[0]])), np.int32)
+        for n, ask in enumerate(asks):
+            tokens[n, : len(ask.tokens)] = ask.tokens
+            self.counts["prompt_tokens"] += len(ask.tokens)
+        counts = np.asarray([len(ask.tokens) for ask in asks] + [0] * len(spare), np.int32)
+        rows = np.asarray([*self.rows[group], *[0] * len(spare)], np.int32)
+        model, tree = self.base.model, self.shelf.bank.tree()
+        new, cache = prefill(model, self.base.params, tree, tokens, counts, rows, sampling(asks + spare))
+        self.fit(max(tokens.shape[1], self.size))
+        places = np.asarray(group + [len(self.running)] * len(spare), np.int32)
+        self.state, self.placed = seat(model, self.state, new, cache, places), None
+        for slot, token in zip(group, np.asarray(new), strict=False):
+            self.take(slot, int(token))
 
     def advance(self) -> None:
-        active = np.asarray([request is not None for request in self.running])
-        new, self.state = decode(
-            self.base.model,
-            self.max_length,
-            self.base.params,
-            self.shelf.bank.tree(),
-            self.state,
-            active,
-            self.rows.copy(),
-            sampling(self.how),
-        )
-        self.counts["steps"] += 1
-        for slot, token in enumerate(np.asarray(new)):
-            if active[slot]:
-                self.take(slot, int(token))
+        """`burst` tokens in every slot, fewer where a cache would overflow."""
+        longest = max(self.length(request) for request in self.running if request is not None)
+        steps = self.burst if longest + self.burst <= self.max_length else 1
+        self.fit(longest + steps)
+        if self.placed is None:
+            active = np.asarray([request is not None for request in self.running])
+            self.placed = jax.device_put((active, self.rows.copy(), sampling(self.how)))
+        tree = self.shelf.bank.tree()
+        new, self.state = decode(self.base.model, steps, self.base.params, tree, self.state, *self.placed)
+        self.counts["steps"] += steps
+        before = list(self.running)
+        for tokens in np.asarray(new):
+            for slot, token in enumerate(tokens):
+                if before[slot] is not None and before[slot] is self.running[slot]:
+                    self.take(slot, int(token))
+
+    def length(self, request: Request) -> int:
+        """Tokens in its cache: all but the newest, which the next step reads."""
+        return len(request.ask.tokens) + len(request.new) - 1
+
+    def fit(self, need: int) -> None:
+        """Make the caches long enough, and shorter where a quarter does."""
+        held = [self.length(request) for request in self.running if request is not None and request.new]
+        size = self.bucket(max(need, *held, 0))
+        if size > self.size or 4 * size <= self.size:
+            self.state, self.size = resized(self.base.model, self.state, size), size
 
     def take(self, slot: int, token: int) -> None:
         request = self.running[slot]
@@ -247,7 +287,7 @@ class Engine:
         assert request is not None
         self.shelf.unpin(request.ask.adapter)
         self.counts[f"finished_{request.finish}"] += 1
-        self.running[slot], self.how[slot], self.rows[slot] = None, Ask((0,)), 0
+        self.running[slot], self.how[slot], self.rows[slot], self.placed = None, Ask((0,)), 0, None
 
     def abandon(self, finish: Any, message: str) -> None:
         with self.changed:

@@ -22,11 +22,12 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.registry = CollectorRegistry()
-        of = {"registry": self.registry}
-        self.responses = Counter("jlora_responses", "HTTP responses.", ["route", "status"], **of)
-        self.requests = Counter("jlora_requests", "Requests begun, by model.", ["model"], **of)
-        self.first = Histogram("jlora_first_token_seconds", "Arrival to first token.", buckets=SECONDS, **of)
-        self.whole = Histogram("jlora_request_seconds", "Arrival to the end.", buckets=SECONDS, **of)
+        self.responses = Counter("jlora_responses", "HTTP responses.", ["route", "status"], registry=self.registry)
+        self.requests = Counter("jlora_requests", "Requests begun, by model.", ["model"], registry=self.registry)
+        self.first = Histogram(
+            "jlora_first_token_seconds", "Arrival to first token.", buckets=SECONDS, registry=self.registry
+        )
+        self.whole = Histogram("jlora_request_seconds", "Arrival to the end.", buckets=SECONDS, registry=self.registry)
         self.models: set[str] = set()
         self.registry.register(self)
 

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from jlora.generate import cut
-
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 NUMBERS = itertools.count(1)
 
@@ -45,7 +43,8 @@ class Request:
         self.ask, self.emit, self.deadline = ask, emit, deadline
         self.number = next(NUMBERS)
         self.new: list[int] = []
-        self.said = 0
+        self.text, self.said = "", 0
+        self.settled, self.read = 0, 0  # tokens before `read` are in `text`; those from `settled` on are decoded again
         self.cancelled = False
         self.finish: Finish | None = None
         self.arrived, self.first = time.monotonic(), 0.0
@@ -55,12 +54,13 @@ class Request:
         self.new.append(token)
         self.first = self.first or time.monotonic()
         ended = token in ends and not self.ask.ignore_eos
-        text, found = cut(tokenizer.decode(self.new, skip_special_tokens=True), self.ask.stop)
-        last |= len(self.new) >= self.ask.max_tokens
-        over = found or ended or last
-        # what may begin a stop string is held back, and so is half of a character of several bytes
+        last |= ended or len(self.new) >= self.ask.max_tokens
+        fresh = self.fresh(tokenizer, last)
+        text, found = cut(self.text, self.ask.stop, len(self.text) - len(fresh))
+        over = found or last
+        # what may begin a stop string is held back
         held = max((len(word) for word in self.ask.stop), default=1) - 1
-        ready = len(text) if over else max(self.said, len(text) - held - (len(text) - len(text.rstrip("\ufffd"))))
+        ready = len(text) if over else max(self.said, len(text) - held)
         piece, self.said = text[self.said : ready], max(ready, self.said)
         if over:
             self.end("stop" if found or ended else "length", piece)
@@ -68,7 +68,27 @@ class Request:
             self.emit(Event(piece))
         return over
 
+    def fresh(self, tokenizer: Any, last: bool) -> str:
+        """The text that the new tokens add to `text`; "" while they end in half of a character of several bytes.
+
+        Only a few tokens are decoded: those since the one before the last text, which decides about a space between.
+        """
+        decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+        before, now = decode(self.new[self.settled : self.read]), decode(self.new[self.settled :])
+        if len(now) == len(before) or (not last and now.endswith("\ufffd")):
+            return ""
+        self.settled, self.read = self.read, len(self.new)
+        self.text += now[len(before) :]
+        return now[len(before) :]
+
     def end(self, finish: Finish, text: str = "", message: str = "") -> None:
         """The last event."""
         self.finish = finish
         self.emit(Event(text, finish, message))
+
+
+def cut(text: str, stop: tuple[str, ...], since: int) -> tuple[str, bool]:
+    """(text before the first stop string, whether there was one). since: where the text begins that is new."""
+    places = [text.find(word, max(since - len(word) + 1, 0)) for word in stop]
+    places = [place for place in places if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)

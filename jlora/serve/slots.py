@@ -1,7 +1,9 @@
-"""The cache of every slot, and the two functions that are compiled: read a prompt into a slot, advance all slots.
+"""The cache of every slot, and the functions that are compiled: read prompts, seat them in slots, advance all slots.
 
-Any decoder with `init_cache` works: its cache of one row is mapped over the slots, so each has its own length.
-Axes: b slots, p a prompt padded on the right to a bucket, t the cache's length, v vocabulary.
+Any decoder with `init_cache` works: its cache of one row is mapped over the slots, so each has its own length. All
+slots have room for as many tokens as the longest needs at present, a power of two: attention over empty room, and
+carrying it through the layers, would cost more than the weights do.
+Axes: b slots, w prompts read together, p a prompt padded on the right to a bucket, t the cache's length, v vocabulary.
 """
 
 from __future__ import annotations
@@ -28,20 +30,35 @@ class Slots:
     written: Any
 
 
-def cache_axes(model: Any, size: int) -> Any:
-    """The axis of slots in each leaf of the cache: where caches of 1 and 2 rows differ, else a new first axis."""
-    one, two = (jax.eval_shape(lambda n=n: model.init_cache(n, size)) for n in (1, 2))
-    return jax.tree.map(
-        lambda x, y: next((n for n, (i, j) in enumerate(zip(x.shape, y.shape, strict=True)) if i != j), -1), one, two
-    )
+@functools.lru_cache
+def cache_axes(model: Any) -> tuple[Any, Any]:
+    """(axis of rows, axis of tokens) in each leaf of the cache, -1 where it has none: where other sizes differ."""
+    shapes = lambda rows, size: jax.eval_shape(lambda: model.init_cache(rows, size))
+    differ = lambda x, y: next((n for n, (i, j) in enumerate(zip(x.shape, y.shape, strict=True)) if i != j), -1)
+    one = shapes(1, 8)
+    return jax.tree.map(differ, one, shapes(2, 8)), jax.tree.map(differ, one, shapes(1, 9))
 
 
 def empty(model: Any, count: int, size: int) -> Slots:
     """`count` slots for `size` tokens each."""
     # an array each: keys and values may start as the same one, and what is donated must not be given twice
     grow = lambda x, axis: jnp.zeros((count, *x.shape) if axis < 0 else x.shape, x.dtype)
-    cache = jax.tree.map(grow, model.init_cache(count, size), cache_axes(model, size))
+    cache = jax.tree.map(grow, model.init_cache(count, size), cache_axes(model)[0])
     return Slots(cache, jnp.zeros(count, jnp.int32), jnp.zeros(count, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def resized(model: Any, slots: Slots, size: int) -> Slots:
+    """The slots with room for `size` tokens each; what they hold must fit."""
+    rows, columns = cache_axes(model)
+    cut = lambda x, row, column: x if column < 0 else to_length(x, column + (row < 0), size)
+    return dataclasses.replace(slots, cache=jax.tree.map(cut, slots.cache, rows, columns))
+
+
+def to_length(x: jax.Array, axis: int, size: int) -> jax.Array:
+    if x.shape[axis] >= size:
+        return jax.lax.slice_in_dim(x, 0, size, axis=axis)
+    return jnp.pad(x, [(0, size - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
 
 
 def apply_hidden(model: Any, params: Any, tokens: jax.Array, mask: Any, cache: Any) -> Any:
@@ -52,44 +69,43 @@ def head(model: Any, params: Any, hidden: jax.Array) -> jax.Array:
     return jlora.lift(model.apply, strict=True)({"params": params}, hidden, method="head")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0)
 def prefill(
-    model: Any,
-    size: int,
-    params: Any,
-    bank: Any,
-    slots: Slots,
-    tokens: jax.Array,
-    count: jax.Array,
-    slot: jax.Array,
-    row: jax.Array,
-    how: Sampling,
-) -> tuple[jax.Array, Slots]:
-    """(the first new token i32 [1], slots): a prompt i32 [1, p] of `count` real tokens read into `slot`.
+    model: Any, params: Any, bank: Any, tokens: jax.Array, counts: jax.Array, rows: jax.Array, how: Sampling
+) -> tuple[jax.Array, Any]:
+    """(first new tokens i32 [w], cache of p tokens): prompts i32 [w, p], of counts i32 [w] real tokens each.
 
-    row i32 [1]: the adapter's place in the bank. What the padding left in the cache is masked, and written over.
+    rows i32 [w]: the adapters' places in the bank. What padding leaves in the cache is masked, and written over.
     """
-    params = jlora.combine(params, with_rows(bank, row))
-    mask = jnp.arange(tokens.shape[1])[None] < count
-    hidden, cache = apply_hidden(model, params, tokens, mask, model.init_cache(1, size))
-    cache = {**cache, "index": count.astype(cache["index"].dtype)}
-    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, 1, keepdims=False)
-    new = draw(head(model, params, last), how, jnp.zeros(1, jnp.int32))
+    params = jlora.combine(params, with_rows(bank, rows))
+    width, length = tokens.shape
+    mask = jnp.arange(length) < counts[:, None]
+    hidden, cache = apply_hidden(model, params, tokens, mask, model.init_cache(width, length))
+    last = hidden[jnp.arange(width), jnp.maximum(counts - 1, 0)]
+    return draw(head(model, params, last), how, jnp.zeros(width, jnp.int32)), {**cache, "index": counts}
 
-    def put(old: jax.Array, one: jax.Array, axis: int) -> jax.Array:
-        one = one[None] if axis < 0 else one
-        return jax.lax.dynamic_update_slice_in_dim(old, one, slot, max(axis, 0))
 
-    cache = jax.tree.map(put, slots.cache, cache, cache_axes(model, size))
-    return new, Slots(cache, slots.token.at[slot].set(new[0]), slots.written.at[slot].set(1))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def seat(model: Any, slots: Slots, new: jax.Array, cache: Any, places: jax.Array) -> Slots:
+    """The slots with what `prefill` gave in the slots `places` i32 [w]; a row whose place is no slot is dropped."""
+    rows, columns = cache_axes(model)
+
+    def put(old: jax.Array, read: jax.Array, row: int, column: int) -> jax.Array:
+        read = read if column < 0 else to_length(read, column, old.shape[column])
+        return old.at[(slice(None),) * max(row, 0) + (places,)].set(read.astype(old.dtype), mode="drop")
+
+    cache = jax.tree.map(put, slots.cache, cache, rows, columns)
+    token = slots.token.at[places].set(new, mode="drop")
+    return Slots(cache, token, slots.written.at[places].set(1, mode="drop"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def decode(
-    model: Any, size: int, params: Any, bank: Any, slots: Slots, active: jax.Array, rows: jax.Array, how: Sampling
+    model: Any, steps: int, params: Any, bank: Any, slots: Slots, active: jax.Array, rows: jax.Array, how: Sampling
 ) -> tuple[jax.Array, Slots]:
-    """(new tokens i32 [b], slots): one token more in each slot where `active` [b]; the others stay as they are."""
-    axes = cache_axes(model, size)
+    """(new tokens i32 [steps, b], slots): `steps` tokens more where `active` [b]; the other slots stay as they are."""
+    axes = cache_axes(model)[0]
+    places = jax.tree.map(lambda axis: max(axis, 0), axes)
 
     def one(cache: Any, token: jax.Array, row: jax.Array) -> Any:
         cache = jax.tree.map(lambda x, axis: x if axis < 0 else jnp.expand_dims(x, axis), cache, axes)
@@ -98,8 +114,14 @@ def decode(
         cache = jax.tree.map(lambda x, axis: x if axis < 0 else jnp.squeeze(x, axis), cache, axes)
         return head(model, full, hidden[:, -1])[0], cache
 
-    places = jax.tree.map(lambda axis: max(axis, 0), axes)
-    logits, cache = jax.vmap(one, in_axes=(places, 0, 0), out_axes=(0, places))(slots.cache, slots.token, rows)
-    cache = {**cache, "index": jnp.where(active, cache["index"], slots.cache["index"])}
-    new = draw(logits, how, slots.written)
-    return new, Slots(cache, jnp.where(active, new, slots.token), slots.written + active)
+    def step(slots: Slots, _: None) -> tuple[Slots, jax.Array]:
+        logits, cache = jax.vmap(one, in_axes=(places, 0, 0), out_axes=(0, places))(slots.cache, slots.token, rows)
+        cache = {**cache, "index": jnp.where(active, cache["index"], slots.cache["index"])}
+        new = draw(logits, how, slots.written)
+        return Slots(cache, jnp.where(active, new, slots.token), slots.written + active), new
+
+    if steps == 1:
+        slots, new = step(slots, None)
+        return new[None], slots
+    slots, new = jax.lax.scan(step, slots, None, length=steps)
+    return new, slots

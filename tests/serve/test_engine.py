@@ -10,14 +10,15 @@ import pytest
 from jlora.sampling import truncate
 from jlora.serve import slots as slots_module
 from jlora.serve.engine import Engine, QueueFull
+from jlora.serve.request import Ask, Request
 from jlora.serve.sample import Sampling, draw
-from tests.serve.parts import NAMES, PROMPTS, Asked, made, offline, until
+from tests.serve.parts import NAMES, PROMPTS, Asked, offline, until
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    base, folder = made(tmp_path_factory.mktemp("served"))
-    engine = Engine(base, slots=3, max_length=64, queue=20, adapters=4, smallest=4).start()
+def served(place):
+    base, folder = place
+    engine = Engine(base, slots=3, max_length=64, queue=20, adapters=4, smallest=16).start()
     for name in NAMES:
         engine.load(name, folder / name).result()
     yield base, folder, engine
@@ -42,15 +43,20 @@ def test_mixed_requests_are_each_as_offline(served):
 
 def test_nothing_is_compiled_again(served):
     _, folder, engine = served
-    Asked(engine, (5, 6, 7), "film", max_tokens=4).wait()
-    before = slots_module.decode._cache_size(), slots_module.prefill._cache_size()
+
+    def ask():
+        for name in ("film", None, "news"):
+            Asked(engine, (5, 8, 7), name, max_tokens=4, temperature=0.7, seed=3, ignore_eos=True).wait()
+
+    ask()
+    compiled = lambda: [getattr(slots_module, name)._cache_size() for name in ("decode", "prefill", "seat", "resized")]
+    before = compiled()
     engine.load("film", folder / "tweets").result()
     engine.unload("news").result()
     engine.load("news", folder / "news").result()
-    for name in ("film", None, "news"):
-        Asked(engine, (5, 8, 7), name, max_tokens=4, temperature=0.7, seed=3).wait()
+    ask()
     engine.load("film", folder / "film").result()
-    assert (slots_module.decode._cache_size(), slots_module.prefill._cache_size()) == before
+    assert compiled() == before
 
 
 def test_a_running_request_keeps_its_adapter(served):
@@ -81,12 +87,61 @@ def test_cancelling_and_running_out_of_time_free_the_slot(served):
     assert not engine.shelf.bank.pins
 
 
+def test_bursts_and_caches_that_grow_and_shrink_write_the_same(served):
+    base, folder, _ = served
+    engine = Engine(base, slots=2, max_length=64, smallest=16, together=2, burst=3).start()
+    try:
+        engine.load("film", folder / "film").result()
+        sizes, fit = set(), engine.fit
+        engine.fit = lambda need: (fit(need), sizes.add(engine.size))
+        cases = [
+            ((5, 6, 7, 9, 11, 4, 8) * 2, "film", 50),
+            ((12,), None, 3),
+            ((7, 7, 7, 7, 9), None, 2),
+            ((3, 9), "film", 5),
+        ]
+        asked = [Asked(engine, prompt, name, max_tokens=count, ignore_eos=True) for prompt, name, count in cases]
+        for one, (prompt, name, count) in zip(asked, cases, strict=True):
+            one.wait()
+            assert one.request.new == offline(base, folder / name if name else None, prompt, count, ignore_eos=True)
+        assert sizes == {16, 32, 64}
+        last = Asked(engine, (5,), max_tokens=4, ignore_eos=True)
+        last.wait()
+        assert engine.size == 16 and last.request.new == offline(base, None, (5,), 4, ignore_eos=True)
+    finally:
+        engine.stop()
+
+
+def test_text_comes_as_the_whole_answers_would_be_decoded(served):
+    class Bytes:
+        """A token is a byte; special ones are left out."""
+
+        def decode(self, tokens, skip_special_tokens):
+            return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    said = "naïve — 日本 🎉!".encode()
+    for tokenizer, tokens in ((Bytes(), [*said, 300, *b" end", 0xF0, 0x9F]), (served[0].tokenizer, [5, 2, 7, 2, 2, 8])):
+        for stop in ((), ("本 ",), ("zzzz",)):
+            pieces = []
+            request = Request(Ask((1,), max_tokens=len(tokens), stop=stop, ignore_eos=True), pieces.append)
+            for token in tokens:
+                if request.take(token, tokenizer, frozenset([2]), False):
+                    break
+            whole = tokenizer.decode(tokens, skip_special_tokens=True)
+            assert "".join(event.text for event in pieces) == whole.partition(stop[0] if stop else "\0")[0]
+            assert pieces[-1].finish == ("stop" if stop and stop[0] in whole else "length")
+            assert stop or len(pieces) > 2
+
+
 def test_stop_strings_and_limits(served):
     base, folder, engine = served
     prompt = (5, 6, 7)
-    want = base.tokenizer.decode(offline(base, folder / "news", prompt, 12), skip_special_tokens=True)
+    want = base.tokenizer.decode(offline(base, folder / "news", prompt, 12, ignore_eos=True), skip_special_tokens=True)
     word = want.split()[2]
-    assert Asked(engine, prompt, "news", max_tokens=12, stop=(word,)).wait() == (want[: want.index(word)], "stop")
+    assert Asked(engine, prompt, "news", max_tokens=12, stop=(word,), ignore_eos=True).wait() == (
+        want[: want.index(word)],
+        "stop",
+    )
     with pytest.raises(ValueError, match="more than the 64"):
         Asked(engine, prompt, max_tokens=62)
     with pytest.raises(ValueError, match="no tokens"):

@@ -12,14 +12,9 @@ import pytest
 
 from jlora.serve.app import Limits
 from jlora.serve.folders import Folders
-from tests.serve.parts import NAMES, Served, made, offline, until
+from tests.serve.parts import NAMES, Served, offline, until
 
 PROMPT = "Review : good film"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("http"))
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.serve.chromium import BINARY, Chromium
-from tests.serve.parts import NAMES, Served, made, offline, until
+from tests.serve.parts import NAMES, Served, offline, until
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium")
 PROMPT = "Review : good film"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    served = Served(*made(tmp_path_factory.mktemp("page")))
+def served(place):
+    served = Served(*place)
     yield served
     served.close()
 
@@ -82,7 +83,7 @@ def test_a_conversation_stop_and_what_goes_wrong(served, tab, monkeypatch):
         assert said(tab, n) == [want]
         history += [{"role": "assistant", "content": want}] if want else []
     step = served.engine.advance
-    monkeypatch.setattr(served.engine, "advance", lambda: (__import__("time").sleep(0.1), step()))
+    monkeypatch.setattr(served.engine, "advance", lambda: (time.sleep(0.1), step()))
     tab.run("at('clear').click()")
     pick(tab, first=NAMES[1], count=40)
     tab.type("x")

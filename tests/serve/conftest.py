@@ -1,0 +1,11 @@
+"""One small base with adapters on disk for all tests here: what is compiled for it is compiled once."""
+
+import pytest
+
+from tests.serve.parts import made
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """(base, folder of adapters)."""
+    return made(tmp_path_factory.mktemp("place"))
