@@ -8,6 +8,7 @@ import pytest
 from toys import TOKENS, encoder
 
 import jlora
+from experiments.intrinsic_d90 import d90
 from jlora.methods import intrinsic
 from jlora.tree import size
 
@@ -80,6 +81,16 @@ def test_no_projection_is_kept():
     loss = lambda t: jnp.sum(jlora.combine(frozen, t)["w"] ** 2)
     memory = jax.jit(jax.grad(loss)).lower(trained).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.1 * 512 * 512 * 256 * 4
+
+
+@pytest.mark.parametrize("least", [5, 64, 65, 700, 4097])
+def test_search_of_d90(least):
+    """Against a task whose dimension is known: the interval's ends are right, and close."""
+    asked = []
+    found, below = d90(lambda d: asked.append(d) or d >= least, 64, 1 << 13, 1.2)
+    assert below < least <= found and (least <= 64 or found / below <= 1.2)
+    assert len(asked) == len(set(asked)) < 16
+    assert d90(lambda d: False, 64, 1000, 1.2) == (None, 512)
 
 
 def test_refusals():

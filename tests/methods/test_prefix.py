@@ -7,8 +7,11 @@ import pytest
 from toys import CONFIG, KEY, TOKENS, encoder, jitter, stacks
 
 import jlora
+from jlora.generate import GenerateConfig, generate, pad_left
 from jlora.methods import prefix
+from jlora.methods.columns import reading
 from jlora.methods.together import together
+from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama
 from jlora.tree import size
 
@@ -132,6 +135,58 @@ def test_steps_with_a_cache_equal_the_whole(how):
         logits, cache = step(tuned, tokens[:, n : n + 1], cache)
         got.append(logits)
     np.testing.assert_allclose(jnp.concatenate(got, 1), whole, atol=2e-5)
+
+
+PROMPTS = [[5, 9, 2, 7], [11], [3, 3, 8, 1, 4, 6]]
+NEW = 5
+
+
+def beams_without_cache(scores, prompt, k):
+    """Beam search over whole sequences: the k best continuations at every step, the best at the end."""
+    held = [(0.0, [])]
+    for _ in range(NEW):
+        logs = [jax.nn.log_softmax(scores(prompt + new)) for _, new in held]
+        longer = [(s + float(log[t]), [*new, t]) for (s, new), log in zip(held, logs, strict=True) for t in range(V)]
+        held = sorted(longer, key=lambda pair: -pair[0])[:k]
+    return held[0][1]
+
+
+@pytest.mark.parametrize("how", ["embedding", "layer"])
+def test_generation_reads_the_prefix(how):
+    """Greedy and beam search through the cache, prompts padded together, equal whole sequences one at a time."""
+    model, params, apply = llama()
+    params = jax.tree.map(lambda x: 6 * x if x.ndim > 2 else x, params)  # distributions with clear winners
+    frozen, trained = prefix.embedding(params, N) if how == "embedding" else prefix.layer(params, N)
+    tuned = jlora.combine(frozen, jitter(trained, 0.5))
+    read = reading(model, frozen, trained)
+    step, first = (1, V) if how == "embedding" else (0, 0)
+    run = jax.jit(jlora.lift(prefix.with_prefix(apply, N, first, step=step), strict=True))
+
+    def scores(tokens):
+        padded = jnp.zeros((1, 12), int).at[0, : len(tokens)].set(jnp.array(tokens))
+        return run(tuned, padded, jnp.arange(12)[None] < len(tokens))[0, len(tokens) - 1]
+
+    for k in (1, 3):
+        got = generate(read, tuned, *pad_left(PROMPTS, 4), GenerateConfig(max_new_tokens=NEW, beams=k))
+        assert got == [beams_without_cache(scores, prompt, k) for prompt in PROMPTS]
+    assert got != generate(model, params, *pad_left(PROMPTS, 4), GenerateConfig(max_new_tokens=NEW, beams=3))
+
+
+def test_fused_projection_takes_a_layer_prefix():
+    """GPT-2's c_attn: with each layer's own normalised inputs as columns, the outputs are those of real tokens."""
+    model = GPT2(GPT2Config(vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2), scan_layers=False)
+    params = model.init(KEY, TOKENS)["params"]
+    real = jnp.concatenate([jnp.array([[5, 9, 2]]), TOKENS[:1]], 1)
+    _, seen = model.apply({"params": params}, real, capture_intermediates=lambda module, _: module.name == "ln_1")
+    norms = iter([seen["intermediates"][f"h_{n}"]["ln_1"]["__call__"][0] for n in range(2)])
+    frozen, trained = prefix.layer(params, N)
+    assert size(trained) == 2 * 8 * N
+    own = jax.tree.map(lambda x: next(norms)[0, :N], trained)
+    run = jlora.lift(
+        prefix.with_prefix(lambda p, t, m: model.apply({"params": p}, t, mask=m), N, 0, step=0), strict=True
+    )
+    got = run(jlora.combine(frozen, own), TOKENS[:1])
+    np.testing.assert_allclose(got, model.apply({"params": params}, real)[:, N:], atol=1e-5)
 
 
 def test_refusals():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import KEY, TOKENS, apply_of, encoder, jitter, llama, stacks
+from toys import KEY, TOKENS, apply_of, encoder, jitter, llama, page, stacks
 
 import jlora
 from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3
@@ -21,6 +21,7 @@ METHODS = {
     "dora, pissa": (lambda p: dora.make(p, 2, key=KEY, layouts=stacks(p), init="pissa"), 1e-4, True),
     "adalora": (lambda p: adalora.make(p, 2, key=KEY, layouts=stacks(p)), 2e-6, True),
     "eva": (lambda p: eva.make(p, 2, apply_of(p), [TOKENS], key=KEY, layouts=stacks(p)), 2e-6, True),
+    "vera, of the docs": (lambda p: page("adding-a-method").make(p, 4, layouts=stacks(p)), 2e-6, True),
     "ia3": (lambda p: ia3.make(p), 2e-6, True),
     "full": (lambda p: full.make(p), 2e-6, True),
     "top 2": (lambda p: full.top(p, 2), 2e-6, True),

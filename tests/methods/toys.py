@@ -1,5 +1,11 @@
 """Small models for the tests of methods: an encoder with biases under the Hub's names, and a tiny Llama."""
 
+import functools
+import re
+import sys
+import types
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,3 +101,14 @@ def stacks(params):
     """The layouts of a scanned model's kernels."""
     leaves = jlora.tree.paths(params)
     return {path: "sio" for path, x in leaves.items() if path.endswith("kernel") and x.ndim == 3}
+
+
+@functools.cache
+def page(name):
+    """The Python blocks of docs/NAME.md as one module."""
+    text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    code = "\n\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    module = types.ModuleType(name.replace("-", "_"))
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(code, f"docs/{name}.md", "exec"), module.__dict__)
+    return module
