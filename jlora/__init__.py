@@ -8,6 +8,7 @@ from jlora.leaves import ImplicitLeaf, LoraLeaf, MaterialisedWarning
 from jlora.lift import lift
 from jlora.lora import LoraFactors, combine, lorafy, merge
 from jlora.optim import keep, only_trainable, trainable_labels, trainable_mask
+from jlora.quant import QuantisedLeaf, dequantise, quantise
 from jlora.summary import summary
 
 __all__ = [
@@ -18,14 +19,17 @@ __all__ = [
     "LoraFactors",
     "LoraLeaf",
     "MaterialisedWarning",
+    "QuantisedLeaf",
     "audit",
     "combine",
+    "dequantise",
     "keep",
     "layouts",
     "lift",
     "lorafy",
     "merge",
     "only_trainable",
+    "quantise",
     "summary",
     "trainable_labels",
     "trainable_mask",

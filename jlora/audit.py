@@ -55,7 +55,7 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
     Matrices are recognised by shape, so audit with a batch whose number of tokens is no dimension of a weight.
     """
     compiled = (step if hasattr(step, "lower") else jax.jit(step)).lower(*args).compile()
-    weights = {path: leaf for path, leaf in paths(frozen).items() if len(wide(leaf.shape)) > 1}
+    weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if len(wide(leaf.shape)) > 1}
     problems = [*in_program(compiled.as_text() or "", weights), *in_state(opt_state, weights, lora)]
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}

@@ -104,11 +104,11 @@ class FollowingLeaf(ImplicitLeaf):
 
         return (w, stacked), rebuild
 
-    def shard_specs(self, spec: Any) -> Any:
+    def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         full = tuple(spec) + (None,) * (self.ndim - len(spec))
         if any(full[ax] is not None and not self.allows_cut(ax) for ax in range(self.ndim)):
             return None
-        w = self.w.shard_specs(spec) if is_implicit(self.w) else spec
+        w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
         of = lambda labels: jax.sharding.PartitionSpec(*(None if ax == RANK else full[ax] for ax in labels))
         beside = {name: of(labels) for name, labels in self.axes}
         return None if w is None else dataclasses.replace(self, w=w, beside=beside)

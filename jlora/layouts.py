@@ -16,7 +16,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from jlora.leaves import ImplicitLeaf, MaterialisedWarning
+from jlora.leaves import ImplicitLeaf, MaterialisedWarning, is_implicit
 from jlora.lift import is_array, lift
 from jlora.rules import reshape_groups
 from jlora.tree import path_of
@@ -105,7 +105,7 @@ class Probe(ImplicitLeaf):
         self.notes.stacked[self.path].update(self.axes[0])
         return self.w, lambda row: dataclasses.replace(self, w=row, axes=self.axes[1:])
 
-    def shard_specs(self, spec: Any) -> Any:
+    def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         return dataclasses.replace(self, w=spec)
 
     def moved(self, w: Any, axes: Any) -> Probe:
@@ -121,6 +121,7 @@ def layouts(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -
     params, example: arrays or `jax.ShapeDtypeStruct`s; nothing is computed. `lorafy(..., layouts=)` takes the result.
     """
     notes = Notes()
+    params = jax.tree.map(as_shape, params, is_leaf=is_implicit)
     keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
     shaped = [(path_of(keys), leaf) for keys, leaf in keyed if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
@@ -142,6 +143,11 @@ def layouts(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -
         warnings.simplefilter("ignore", MaterialisedWarning)
         jax.eval_shape(on_shapes, [leaf for _, leaf in shaped], [flat[n] for n in traced])
     return {path: notes.layout(path, tuple(leaf.shape)) for path, leaf in shaped}
+
+
+def as_shape(leaf: Any) -> Any:
+    """What an implicit leaf is to the function: its shape and dtype."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_implicit(leaf) else leaf
 
 
 def probe(path: str, leaf: Any, notes: Notes) -> Any:

@@ -53,8 +53,12 @@ class ImplicitLeaf:
         """(stacked, rebuild): `rebuild` makes the leaf W[i] from the i-th rows of the pytree `stacked`."""
         return self.materialise(), lambda row: row
 
-    def shard_specs(self, spec: Any) -> Any:
-        """This leaf with a PartitionSpec for each of its arrays, `spec` being the whole weight's; None: cannot."""
+    def shard_specs(self, spec: Any, exact: bool = True) -> Any:
+        """This leaf with a PartitionSpec for each of its arrays, `spec` being the whole weight's; None: cannot.
+
+        exact: a device's part of the arrays must be the leaf of its part of the weight, as `shard_map` needs; `jit`
+        does not care.
+        """
         return None
 
 
@@ -169,7 +173,7 @@ class LoraLeaf(ImplicitLeaf):
 
         return stacked, rebuild
 
-    def shard_specs(self, spec: Any) -> Any:
+    def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         from jax.sharding import PartitionSpec
 
         full = tuple(spec) + (None,) * (self.ndim - len(spec))
@@ -177,9 +181,13 @@ class LoraLeaf(ImplicitLeaf):
         def of(axes: tuple[int, ...]) -> PartitionSpec:
             return PartitionSpec(*(None if ax == RANK else full[ax] for ax in axes))
 
-        w = self.w.shard_specs(spec) if is_implicit(self.w) else spec
+        w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
         key = None if self.key is None else of(self.key_axes)
-        return dataclasses.replace(self, w=w, lora_a=of(self.a_axes), lora_b=of(self.b_axes), key=key)
+        return (
+            None
+            if w is None
+            else dataclasses.replace(self, w=w, lora_a=of(self.a_axes), lora_b=of(self.b_axes), key=key)
+        )
 
 
 def contract(

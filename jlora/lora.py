@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -141,6 +142,7 @@ def lorafy(
 
     leaves = paths(params, is_implicit)
     whole = fully_trained(given, leaves)
+    only_plain(leaves, whole)
     chosen = [path for path in targeted(given, leaves, layouts) if path not in whole]
     made: dict[str, tuple[Any, LoraFactors]] = {}
     for path in chosen:
@@ -157,6 +159,13 @@ def lorafy(
 
     walk = jax.tree_util.tree_map_with_path
     return walk(frozen_at, params, is_leaf=is_implicit), walk(lora_at, params, is_leaf=is_implicit)
+
+
+def only_plain(leaves: Mapping[str, Any], chosen: Iterable[str]) -> None:
+    """Raises ValueError if one of the leaves to train whole is no array."""
+    for path in chosen:
+        if is_implicit(leaves[path]):
+            raise ValueError(f"{path} is a {type(leaves[path]).__name__}, and only a plain weight trains whole")
 
 
 def fully_trained(config: LoraConfig, leaves: Mapping[str, Any]) -> set[str]:
@@ -186,12 +195,17 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     n, rows, columns = math.prod(s_shape), math.prod(i_shape), math.prod(o_shape)
     keys = jax.random.split(key, n)
     dense = None
+    if name in CHANGES_BASE and is_implicit(w):
+        raise ValueError(
+            f"init {name!r} changes the base, and {path} is a {type(w).__name__}: adapt the plain weights first, then "
+            "quantise what is frozen (frozen = jlora.quantise(frozen, ...)); or use init 'kaiming'"
+        )
     if name in CHANGES_BASE:
         if rank > min(rows, columns):
             raise ValueError(
                 f"rank {rank} for {path} {list(w.shape)}: init {name!r} needs at most {min(rows, columns)}"
             )
-        dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
+        dense = jnp.asarray(w)
         matrices = jnp.transpose(dense, s_axes + i_axes + o_axes).reshape(n, rows, columns)
         a, b = jax.vmap(lambda k, m: INITS[name](k, m, rank, scaling))(keys, matrices)
     else:
@@ -251,15 +265,25 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
     return jax.tree_util.tree_map_with_path(at, lora, frozen, is_leaf=lambda x: x is None or is_adapter(x))
 
 
+class MergedAsFloats(UserWarning):
+    """A merge wrote quantised weights out."""
+
+
 def merge(frozen: Any, lora: Any) -> Any:
     """A plain tree of weights W + scaling * A·B, each in its weight's dtype, the product taken in full precision.
 
-    Un-merging is keeping `frozen`: it still holds W exactly. Raises ValueError for what is no weight (an adapter layer,
-    a prefix).
+    Un-merging is keeping `frozen`: it still holds W exactly. Of a quantised W the sum is taken with what its codes
+    mean, and the whole result is floats: a warning says so (`jlora.quant.merge_quantised` keeps codes). Raises
+    ValueError for what is no weight (an adapter layer, a prefix).
     """
     for path, entry in paths(lora, is_adapter).items():
         if is_adapter(entry) and not entry.mergeable:
             raise ValueError(f"{path or 'the tree'} has {entry.describe()}, which is no weight: it cannot be merged")
+    codes = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_implicit) if is_implicit(leaf)]
+    if codes:
+        kind = type(codes[0]).__name__
+        text = f"{len(codes)} weights of the base are {kind}s: merged onto what they stand for, as plain arrays"
+        warnings.warn(text, MergedAsFloats, stacklevel=2)
 
     def at(leaf: Any) -> Any:
         return leaf.materialise() if is_implicit(leaf) else leaf

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, is_adapter
+from jlora.quant.leaf import QuantisedLeaf, dividing
 from jlora.targets import EMBEDDING, known
 from jlora.tree import path_of, paths
 
@@ -70,7 +71,10 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
         spec = PartitionSpec() if small else weight_spec(path, tuple(leaf.shape), layouts, mesh)
         if not is_implicit(leaf):
             return spec
-        return leaf.shard_specs(spec) or jax.tree.map(lambda _: PartitionSpec(), leaf)
+        found = leaf.shard_specs(spec, exact=False)
+        if found is None:
+            return jax.tree.map(lambda _: PartitionSpec(), leaf)
+        return jax.tree.map(lambda array, spec: dividing(array.shape, spec, mesh), leaf, found)
 
     return jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda x: is_adapter(x) or is_implicit(x))
 
@@ -213,12 +217,14 @@ def batch_specs(batch: Any) -> Any:
 def over_batch(sums_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`sums_fn(trained, frozen, batch, key)` for a `split_batch`: each part on its own devices, the sums added.
 
-    Hidden states are held to their batch part (in Flax modules), so that weights are gathered and never activations.
-    With a key each part draws its own dropout.
+    Hidden states are held to their batch part (in Flax modules), so that weights are gathered and never activations;
+    quantised ones are gathered as codes. With a key each part draws its own dropout.
     """
     n = batch_shards(mesh)
 
     def sharded(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        frozen = jax.tree.map(lambda leaf: whole_in_use(leaf, mesh), frozen, is_leaf=is_implicit)
+
         def part(batch: Any, key: Any) -> Any:
             with constrained(mesh):
                 return sums_fn(trained, frozen, batch, key)
@@ -228,6 +234,14 @@ def over_batch(sums_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
 
     return sharded
+
+
+def whole_in_use(leaf: Any, mesh: Mesh) -> Any:
+    """A quantised weight that is gathered over the batch's axes before a product writes it out."""
+    if not isinstance(leaf, QuantisedLeaf):
+        return leaf
+    spec = weight_spec(leaf.path, leaf.shape, {leaf.path: leaf.layout}, mesh)
+    return leaf.over(mesh, PartitionSpec(*(None if name in BATCH else name for name in spec)))
 
 
 def constrained(mesh: Mesh) -> Any:

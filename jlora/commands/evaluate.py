@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora.commands.settings import say
+from jlora.commands.settings import say, scheme
 from jlora.data import BatchSource, Columns, Row, bucket_lengths, read_rows, tokenise_rows
 from jlora.generate import GenerateConfig, generate_text
 from jlora.io import Pretrained, load
@@ -53,6 +53,8 @@ class EvalConfig:
     batch: int = 16
     max_length: int = 512
     buckets: int = 4
+    quantise: Literal["none", "nf4", "int8", "int4"] = "none"
+    """Keep the base's linear weights in 8 or 4 bits: as the adapter was trained."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -63,7 +65,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
     metrics = {name.rpartition(":")[2]: text_metric(name) for name in config.metrics}
     columns = Columns(config.columns, config.prompt, config.completion)
     rows = read_rows(config.data, split=config.split, columns=columns, limit=config.limit)
-    base = load(config.model, dtype=jnp.dtype(config.dtype))
+    base = load(config.model, dtype=jnp.dtype(config.dtype), quantise=scheme(config.quantise))
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     examples, cut = tokenise_rows(rows, base.tokenizer, config.max_length)

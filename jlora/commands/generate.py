@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import tyro
 
 import jlora
-from jlora.commands.settings import say
+from jlora.commands.settings import say, scheme
 from jlora.data.template import render
 from jlora.generate import GenerateConfig, generate_text, stream
 from jlora.io import Pretrained, load
@@ -42,6 +42,8 @@ class Writing:
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
+    quantise: Literal["none", "nf4", "int8", "int4"] = "none"
+    """Keep the base's linear weights in 8 or 4 bits: as the adapter was trained."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -68,7 +70,7 @@ def settings(config: Writing) -> GenerateConfig:
 
 def ready(config: Writing) -> tuple[Pretrained, Any]:
     """(model, params with the adapter); a prefix is part of the model."""
-    base = load(config.model, dtype=jnp.dtype(config.dtype))
+    base = load(config.model, dtype=jnp.dtype(config.dtype), quantise=scheme(config.quantise))
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     if config.adapter is None:

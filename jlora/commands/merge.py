@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 import jlora
+from jlora.commands.settings import scheme
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.io.save import save
@@ -25,13 +26,15 @@ class MergeConfig:
     """The new folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the tensors written; the sum is taken in float32."""
+    quantise: Literal["none", "nf4", "int8", "int4"] = "none"
+    """Of the base that the adapter was trained on: merged onto what its codes stand for, written as floats."""
     shard_bytes: int = 5_000_000_000
     """Largest safetensors file."""
 
 
 def merge_command(config: MergeConfig) -> dict[str, Any]:
     """{output, tensors, bytes}. Raises ValueError where the adapter does not fit, FileExistsError for a used folder."""
-    base = load(config.model)
+    base = load(config.model, quantise=scheme(config.quantise))
     frozen, lora, _ = load_adapter(base, config.adapter)
     return save(
         config.output,

@@ -104,6 +104,8 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite that are skipped before the run stops."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights and the computation; factors are float32."""
+    quantise: Literal["none", "nf4", "int8", "int4"] = "none"
+    """Keep the base's linear weights in 8 or 4 bits (with an adapter: QLoRA)."""
     remat: Literal["none", "full", "dots"] = "dots"
     """Compute activations again in the backward pass (all, or all but products of matrices): less memory, more time."""
     seed: int = 0
@@ -129,8 +131,13 @@ RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run"
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
 FIXED = ("model", "adapter", "method", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")
-FIXED += ("width", "drop", "virtual_tokens", "network", "top_layers", "dimension", "projection")
+FIXED += ("width", "drop", "virtual_tokens", "network", "quantise", "top_layers", "dimension", "projection")
 """Settings that --force cannot change: the saved state would not fit, or mean something else."""
+
+
+def scheme(name: str) -> str | None:
+    """The setting `quantise` as `load` takes it."""
+    return None if name == "none" else name
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from jlora.commands.parts import (
     tokens_of,
 )
 from jlora.commands.report import picture, write_json
-from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, save_settings, say
+from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, save_settings, say, scheme
 from jlora.data import BatchSource, Example, Row, bucket_lengths, split_rows
 from jlora.io import Pretrained, load
 from jlora.methods.columns import reading
@@ -57,7 +57,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     else:
         train_rows, test_rows = split_rows(rows, config.held_out, config.seed) if config.held_out else (rows, [])
     say(f"reading {config.model}")
-    base = load(config.model, dtype=jnp.dtype(config.dtype), remat=REMAT[config.remat], weights=not config.dry_run)
+    base = load(
+        config.model,
+        dtype=jnp.dtype(config.dtype),
+        remat=REMAT[config.remat],
+        weights=not config.dry_run,
+        quantise=scheme(config.quantise),
+    )
     wrong = {row.kind for row in (*train_rows, *test_rows)} & {"label", "preference"}
     if wrong:
         raise ValueError(

@@ -24,6 +24,7 @@ from jlora.io.patterns import Patterns
 from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
 from jlora.io.tensors import finite, some
 from jlora.io.text import one_line
+from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
 from jlora.methods.named import MethodConfig, lora_config
@@ -107,7 +108,7 @@ def load_peft(
     Raises ValueError listing tensors that have no place in the model, or whose shape does not fit it.
     """
     config, arrays, where = read_config(folder), read_arrays(folder), Path(folder) / "adapter_config.json"
-    found = Reading(config, adapter_json(folder), arrays, paths(params), where)
+    found = Reading(config, adapter_json(folder), arrays, paths(params, is_implicit), where)
     by_name = {tensor.name: tensor for tensor in tensors}
     by_module = {module_of(t): t for t in tensors if t.name.endswith(".weight")}
     wrong = []
@@ -131,7 +132,8 @@ def load_peft(
     frozen, lora = planted(params, found.parts, found.full, dtype)
     rows = found.rows
     place = lambda keys, leaf, entry: rows.get(path_of(keys), entry)
-    return frozen, jax.tree_util.tree_map_with_path(place, params, lora) if rows else lora, config
+    placed = jax.tree_util.tree_map_with_path(place, params, lora, is_leaf=is_implicit) if rows else lora
+    return frozen, placed, config
 
 
 class Reading:
@@ -203,12 +205,13 @@ def planted(
     params: Any, parts: dict[str, list[Part]], full: dict[str, list[tuple[HFTensor, np.ndarray]]], dtype: Any
 ) -> tuple[Any, Any]:
     """(frozen, lora) from what a file holds of each leaf: factors of its modules, or whole values."""
-    leaves = paths(params)
+    leaves = paths(params, is_implicit)
     made: dict[str, Any] = {path: entry_of(leaves[path], found, dtype) for path, found in parts.items()}
     # PEFT writes an adapted embedding's own weight beside its factors: that is a base, not trained
     bases = {path: whole_of(leaves[path], full.pop(path), leaves[path].dtype) for path in set(full) & set(made)}
     made |= {path: whole_of(leaves[path], found, dtype) for path, found in full.items()}
-    tree = lambda pick: jax.tree_util.tree_map_with_path(lambda keys, leaf: pick(path_of(keys), leaf), params)
+    walk = jax.tree_util.tree_map_with_path
+    tree = lambda pick: walk(lambda keys, leaf: pick(path_of(keys), leaf), params, is_leaf=is_implicit)
     lora = tree(lambda path, leaf: made.get(path))
     return tree(lambda path, leaf: None if path in full else bases.get(path, leaf)), lora
 
@@ -245,7 +248,7 @@ def entry_of(w: Any, found: list[Part], dtype: Any) -> LoraFactors | DoraFactors
 
 def whole_of(w: Any, found: list[tuple[HFTensor, np.ndarray]], dtype: Any) -> jax.Array:
     """A leaf trained whole: the file's values, the base's in layers the file leaves out."""
-    out = np.array(w, np.float32)
+    out = np.array(w.materialise() if is_implicit(w) else w, np.float32)
     for tensor, array in found:
         out[... if tensor.layer is None else tensor.layer] = array.T if tensor.transpose else array
     return jnp.asarray(out, dtype)

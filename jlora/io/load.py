@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from jlora.io.tensors import Source, build, safetensors_source
 from jlora.io.text import one_line
 from jlora.models import family
 from jlora.models.tensors import HFTensor
+from jlora.quant import quantise as quantised
+from jlora.quant.leaf import QuantisedLeaf, dividing
+from jlora.quant.tree import from_layers, planned
+from jlora.sharding import place
 
 SHORT = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}
 
@@ -37,7 +42,12 @@ class Pretrained:
     @property
     def layouts(self) -> dict[str, str]:
         """`lorafy`'s layouts: which leaves are stacks of linear kernels."""
-        return {t.path: "sio" for t in self.tensors if t.layer is not None and t.path.endswith("/kernel")}
+        return layouts_of(self.tensors)
+
+
+def layouts_of(tensors: Iterable[HFTensor]) -> dict[str, str]:
+    """The layouts of the stacks of linear kernels among the leaves."""
+    return {t.path: "sio" for t in tensors if t.layer is not None and t.path.endswith("/kernel")}
 
 
 def load(
@@ -50,13 +60,15 @@ def load(
     weights: bool = True,
     sharding: Callable[[str, Any], Any] | None = None,
     head: str | None = None,
+    quantise: Any = None,
 ) -> Pretrained:
     """A model from a `.gguf` file, a folder in Hub format, the Hub ("owner/name", "hf://owner/name@revision"), or a
     short name of `SHORT`.
 
     dtype: of the parameters and the computation. revision: branch, tag or commit, for the Hub. weights: False gives
     `params` as shapes and reads no tensor. sharding: (path, ShapeDtypeStruct) -> Sharding of that leaf; each
-    device's part is read by itself. head: of an encoder, as its family names them.
+    device's part is read by itself. head: of an encoder, as its family names them. quantise: a scheme of
+    `jlora.quantise` for all linear weights; a layer at a time, so the floats are never whole in memory.
     Raises ValueError listing tensors that are missing, unknown or wrongly shaped, FileNotFoundError for no source.
     """
     path = locate(source, revision)
@@ -77,11 +89,27 @@ def load(
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     except (TypeError, ValueError, ArithmeticError) as error:  # whichever operation meets sizes that do not fit
         raise ValueError(f"{path}: the sizes of its config do not fit each other: {one_line(error)}") from None
-    params = shapes
+    params = shapes if quantise is None else quantised(shapes, quantise, layouts=layouts_of(tensors))
     if weights:
         stored = stored or folder_source(path)
-        params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored))
+        made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
+        params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored), made=made)
     return Pretrained(model, params, config, tokenizer, source, tensors, path if path.is_dir() else None)
+
+
+def quantisers(shapes: Any, scheme: Any, layouts: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: f(layers one by one, the float weight's sharding or None) -> the leaf} of all linear weights."""
+
+    def make(layers: Iterable[Any], sharding: Any, path: str, layout: str) -> QuantisedLeaf:
+        leaf = from_layers(layers, layout, path, scheme)
+        if not isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.device_put(leaf, sharding)
+        mesh: Any = sharding.mesh
+        found = leaf.shard_specs(sharding.spec, exact=False)
+        return place(leaf, jax.tree.map(lambda x, spec: dividing(x.shape, spec, mesh), leaf, found), mesh)
+
+    plan = planned(shapes, layouts=layouts)
+    return {path: functools.partial(make, path=path, layout=layout) for path, layout in plan.items()}
 
 
 def locate(source: str, revision: str | None = None) -> Path:

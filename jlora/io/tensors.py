@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,13 @@ def build(
     *,
     sharding: Callable[[str, Any], Any] | None = None,
     optional: Sequence[str] = (),
+    made: Mapping[str, Callable[[Iterable[np.ndarray], Any], Any]] | None = None,
 ) -> Any:
     """The parameter tree: `shapes` (ShapeDtypeStructs) filled from `source`, a leaf at a time, cast on the way.
 
     sharding: (path, shape) -> the leaf's `jax.sharding.Sharding`, or None for the default device; each device's part
     is read by itself, so no whole leaf need fit in the host's memory. `optional`: tensors that may be there unread.
+    made: {path: f(its layers one by one, its sharding or None) -> what stands in the array's place}.
     Raises ValueError listing every tensor that is missing, unknown or wrongly shaped.
     """
     rows: dict[str, list[HFTensor]] = {}
@@ -104,6 +106,11 @@ def build(
             return out
 
         place = sharding(path, shape) if sharding else None
+        if made and path in made:
+            every = tuple(slice(None) for _ in shape.shape)
+            if mine[0].layer is None:
+                return made[path](iter([part(every)]), place)
+            return made[path]((part((slice(n, n + 1), *every[1:]))[0] for n in range(shape.shape[0])), place)
         if place is None:
             return jax.device_put(part(tuple(slice(None) for _ in shape.shape)))
         return jax.make_array_from_callback(shape.shape, place, part)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.lora import Adapter
+from jlora.lora import Adapter, only_plain
 from jlora.methods.plant import leaves_of, plant, whole
 from jlora.tree import Targets, select
 
@@ -56,6 +56,7 @@ def top(params: Any, layers: int, *, also: Targets = (), key: Any = None) -> tup
     count = max(numbers.values()) + 1 if numbers else leaves[stacked[0]].shape[0] if stacked else 0
     if not 1 <= layers <= count:
         raise ValueError(f"top {layers} layers: the tree has {count}; paths look like {next(iter(leaves), 'none')}")
+    only_plain(leaves, stacked)
     if numbers:
         made |= {path: (None, leaves[path]) for path, n in numbers.items() if n >= count - layers}
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jlora.leaves import is_implicit
-from jlora.lora import is_adapter
+from jlora.lora import is_adapter, only_plain
 from jlora.tree import path_of, paths
 
 
@@ -50,8 +50,12 @@ def put(tree: Any, names: list[str], value: Any) -> Any:
 
 
 def whole(params: Any, chosen: list[str]) -> tuple[Any, Any]:
-    """(frozen, trained) with the leaves of these paths trained themselves; they are None in `frozen`."""
+    """(frozen, trained) with the leaves of these paths trained themselves; they are None in `frozen`.
+
+    Raises ValueError for a leaf that is quantised.
+    """
     leaves = leaves_of(params)
+    only_plain(leaves, chosen)
     return plant(params, {path: (None, leaves[path]) for path in chosen})
 
 

@@ -52,8 +52,8 @@ class LongerTable(ImplicitLeaf):
     def materialise(self) -> jax.Array:
         return self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
 
-    def shard_specs(self, spec: Any) -> Any:
-        w = self.w.shard_specs(spec) if is_implicit(self.w) else spec
+    def shard_specs(self, spec: Any, exact: bool = True) -> Any:
+        w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
         return None if w is None else dataclasses.replace(self, w=w, rows=jax.sharding.PartitionSpec())
 
 
