@@ -27,7 +27,7 @@ from jlora.io.text import one_line
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
-from jlora.methods.named import MethodConfig, lora_config
+from jlora.methods.named import MethodConfig, lora_config, names_of
 from jlora.methods.plant import entries_of
 from jlora.methods.token_rows import TokenRows
 from jlora.models.tensors import HFTensor
@@ -269,9 +269,18 @@ def about(folder: str | Path) -> About:
         return MethodConfig(method=PEFT_NAMES[held["peft_type"]], virtual_tokens=held.get("num_virtual_tokens") or 16)
     if held.get("peft_type") != plain.KIND:
         return read_config(folder)
-    fields = {field.name for field in dataclasses.fields(MethodConfig)}
-    told = {name: value for name, value in held.get("settings", {}).items() if name in fields}
-    settings: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
+    where, told = Path(folder) / "adapter_config.json", held.get("settings", {})
+    if not isinstance(told, dict):
+        raise ValueError(f"{where}: settings is a {type(told).__name__}, not an object")
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(MethodConfig):
+        value = told.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        kinds = (int, float) if isinstance(field.default, float) else type(field.default)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(field.default, bool)):
+            raise ValueError(f"{where}: settings.{field.name} is {value!r:.60}")
+        settings[field.name] = value
+    names_of(settings["method"])
     return MethodConfig(**settings)
 
 

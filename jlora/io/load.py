@@ -23,6 +23,7 @@ from jlora.quant.leaf import QuantisedLeaf, dividing
 from jlora.quant.tree import from_layers, planned
 from jlora.sharding import place
 
+READ = (".json", ".txt", ".model", ".jinja")
 SHORT = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}
 
 
@@ -157,6 +158,9 @@ def folder_tokenizer(folder: Path) -> Any:
     fetched. Raises ValueError for files that make no tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
+    odd = [path for path in folder.iterdir() if path.suffix in READ and path.exists() and not path.is_file()]
+    if odd:  # a pipe would be waited for
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {odd[0].name} is no file")
     from transformers import AutoTokenizer
 
     try:

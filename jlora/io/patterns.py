@@ -10,7 +10,7 @@ import regex
 
 from jlora.io.text import one_line
 
-SECONDS = 2.0
+SECONDS = 1.0
 LONGEST = 1000
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 
 import jlora.methods.named  # noqa: F401  (every method's entries are known once it is imported)
 from jlora.io.peft import put
-from jlora.lora import Adapter, Together, is_adapter
+from jlora.io.text import one_line
+from jlora.lora import Adapter, LoraFactors, Together, axes_of, is_adapter
 from jlora.methods.plant import entries_of, leaves_of, plant
 
 KIND, FORM = "JLORA", 1
@@ -107,10 +109,43 @@ def decode(told: Any, arrays: Mapping[str, np.ndarray], known: Mapping[str, type
         return tuple(decode(x, arrays, known) for x in told["tuple"])
     if "dict" in told:
         return {name: decode(x, arrays, known) for name, x in told["dict"].items()}
-    if told.get("kind") not in known:
+    if not isinstance(told.get("kind"), str) or told["kind"] not in known:
         raise ValueError(f"an entry of kind {told.get('kind')!r} is not known: import the module that defines it")
     fields = {name: decode(x, arrays, known) for name, x in told["fields"].items()}
-    return known[told["kind"]](**fields)
+    made = known[told["kind"]](**fields)
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if not right_kind(value, str(field.type), field.metadata.get("static", False)):
+            raise ValueError(f"{told['kind']}.{field.name} is {value!r:.60}, not {field.type}")
+    return made
+
+
+def right_kind(value: Any, kind: str, static: bool) -> bool:
+    """Whether an entry's field holds what it should: settings of their type, arrays (or trees of them) elsewhere."""
+    if not static:
+        return not isinstance(value, bool | int | float | str)
+    if isinstance(value, bool) or kind not in ("float", "int", "str"):
+        return kind not in ("float", "int", "str")
+    if kind == "str":
+        return isinstance(value, str)
+    return isinstance(value, int if kind == "int" else int | float) and math.isfinite(value)
+
+
+def check_factors(path: str, entry: Any, shape: list[int] | None) -> None:
+    """Raises ValueError for what is no entry, and for factors that are not of the weight they stand at."""
+    if not is_adapter(entry) and not hasattr(entry, "shape"):
+        raise ValueError(f"what stands at {one_line(path, 80)} is a {type(entry).__name__}")
+    inner = getattr(entry, "lora", entry)
+    if shape is None or not isinstance(inner, LoraFactors):
+        return
+    a, b = (list(x.shape) for x in (inner.lora_a, inner.lora_b))
+    want = {letter: [shape[n] for n in axes_of(inner.layout, letter)] for letter in "sio"} if fits(inner, shape) else {}
+    if not want or a[:-1] != want["s"] + want["i"] or b != [*want["s"], a[-1], *want["o"]]:
+        raise ValueError(f"the factors at {path} are {a} and {b} with axes {inner.layout!r:.20}, for a weight {shape}")
+
+
+def fits(entry: LoraFactors, shape: list[int]) -> bool:
+    return len(entry.layout) == len(shape) and set(entry.layout) <= set("sio") and len(entry.lora_a.shape) > 0
 
 
 def load_plain(folder: str | Path, held: Mapping[str, Any], arrays: Mapping[str, np.ndarray], params: Any) -> Any:
@@ -122,6 +157,9 @@ def load_plain(folder: str | Path, held: Mapping[str, Any], arrays: Mapping[str,
     if held.get("form") != FORM:
         raise ValueError(f"{path}: form {held.get('form')!r} is not read here: {FORM} is")
     shapes = {name: list(leaf.shape) for name, leaf in leaves_of(params).items()}
+    told = held.get("weights", {}), held.get("trees", [])
+    if not isinstance(told[0], Mapping) or not isinstance(told[1], list) or not told[1]:
+        raise ValueError(f"{folder} is damaged: 'trees' must be a list that is not empty, 'weights' an object")
     wrong = [
         f"{name} {shape} is {shapes.get(name, 'not there')}"
         for name, shape in held.get("weights", {}).items()
@@ -129,15 +167,17 @@ def load_plain(folder: str | Path, held: Mapping[str, Any], arrays: Mapping[str,
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong[:4])}{more}")
+        raise ValueError(f"{folder} does not fit the model: {one_line('; '.join(wrong[:4]) + more)}")
     known, trees = kinds(), []
     try:
         for told in held["trees"]:
             entries = {name: decode(entry, arrays, known) for name, entry in told.items()}
+            for name, entry in entries.items():
+                check_factors(name, entry, shapes.get(name))
             params, trained = planted(params, entries)
             trees.append(trained)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder} is damaged: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{folder} is damaged: {one_line(error)}") from None
     return params, trees[0] if len(trees) == 1 else Together(tuple(trees))
 
 

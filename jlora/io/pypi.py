@@ -133,7 +133,7 @@ def open_member(archive: Path | IO[bytes], member: str) -> Iterator[IO[bytes]]:
     source = io.BytesIO(archive.read_bytes()) if isinstance(archive, Path) else archive
     with tarfile.open(fileobj=source, mode="r|*") as tar:
         for entry in tar:
-            stream = tar.extractfile(entry) if entry.name == member else None
+            stream = tar.extractfile(entry) if entry.name == member and entry.isfile() else None
             if stream is not None:
                 yield stream
                 return

@@ -46,7 +46,7 @@ def safetensors_source(folder: Path) -> Source:
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
     held: dict[str, Any] = {}
