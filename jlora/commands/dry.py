@@ -12,44 +12,66 @@ import numpy as np
 import yaml
 
 import jlora
+from jlora.commands.parts import optimiser_of
 from jlora.commands.settings import TrainConfig, say
-from jlora.data import BatchSource, Example, bucket_lengths
+from jlora.commands.tasks import Answers
+from jlora.data import Example
 from jlora.io import Pretrained
 from jlora.tree import nbytes, size
 
 
 def describe(
     config: TrainConfig,
+    task: Answers,
     base: Pretrained,
     make: Callable[[Any], tuple[Any, Any]],
-    examples: list[Example],
-    tests: list[Example],
+    examples: list[Any],
+    tests: list[Any],
 ) -> dict[str, Any]:
-    """Say settings, trainable table, bytes and the first example on stderr; returns the same figures."""
+    """Say settings, trainable table, bytes and the first batch on stderr; returns the same figures."""
     say(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}))
     frozen, lora = jax.eval_shape(make, base.params)
     say(jlora.summary(frozen, lora))
-    lengths = bucket_lengths(examples, config.buckets)
-    source = BatchSource(examples, config.batch, lengths, accumulate=config.accumulate, steps=1)
-    steps = config.steps or max(1, round(config.epochs * source.per_epoch))
-    sizes = [len(e.tokens) for e in examples]
-    factors = nbytes(lora)
+    steps, sequences = task.steps(examples), task.flat(examples)
+    source = task.training(examples, steps)
+    batch = source[0]
+    sizes = [len(e.tokens) for e in sequences]
+    trained = nbytes(lora)
+    state = nbytes(jax.eval_shape(optimiser_of(config, steps).init, lora))
     figures = {
         "rows": len(examples),
         "eval_rows": len(tests),
+        "cut": task.cut,
         "steps": steps,
-        "padded_lengths": lengths,
+        "padded_lengths": source.lengths,
+        "compiled_shapes": source.shapes,
         "longest": max(sizes),
         "mean_length": float(np.mean(sizes)),
-        "answer_share": float(sum(e.loss_mask.sum() for e in examples) / sum(sizes)),
+        "answer_share": float(sum(e.loss_mask.sum() for e in sequences) / sum(sizes)),
         "trained_parameters": size(lora),
-        "bytes": {"frozen": nbytes(frozen), "trained": factors, "gradients": factors, "optimiser": 2 * factors},
+        "bytes": {"frozen": nbytes(frozen), "trained": trained, "gradients": trained, "optimiser": state},
+        "first_batch": {"tokens": list(batch["tokens"].shape), "useful_share": float(batch["mask"].mean())},
     }
     for name, value in figures.items():
         say(f"{name}: {value}")
-    say("the first example (the loss is taken on what stands between « and »):")
-    say(shown(examples[0], base.tokenizer, sys.stderr.isatty()))
+    say("the first batch (the loss is taken on what stands between « and »):")
+    for row in rows_of_batch(batch):
+        say(f"- {shown(row, base.tokenizer, sys.stderr.isatty())}")
     return {"dry_run": True, **figures}
+
+
+def rows_of_batch(batch: dict[str, np.ndarray]) -> list[Example]:
+    """Each row of a batch, without padding, with what carries the loss."""
+    flat = {name: x if x.ndim == 2 or name not in ("tokens", "mask") else x[0] for name, x in batch.items()}
+    tokens, mask = flat["tokens"], flat["mask"]
+    carries = np.zeros(tokens.size, bool)
+    if "positions" in batch:
+        at, weights = (
+            batch[name] if batch["tokens"].ndim == 2 else batch[name][0] for name in ("positions", "weights")
+        )
+        carries[at[weights > 0] + 1] = True  # a position is that of the token before
+    carries = carries.reshape(tokens.shape)
+    return [Example(t[m], c[m]) for t, m, c in zip(tokens, mask, carries, strict=True) if m.any()]
 
 
 def shown(example: Example, tokenizer: Any, colour: bool) -> str:

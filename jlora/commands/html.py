@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -35,26 +36,39 @@ def page(report: dict[str, Any], records: list[dict[str, Any]], settings: dict[s
     parts = [f"<h1>{escape(str(settings.get('output', 'run')))}</h1>"]
     parts.append(f"<p>{escape(str(settings['model']))} on {escape(str(settings['data']))}, {report['step']} steps</p>")
     lines = [(x, y) for r in steps if (x := r["step"]) and (y := r["loss"]) == y and abs(y) != float("inf")]
-    parts.append("<h2>Loss, nats a token</h2>")
+    parts.append("<h2>Loss</h2>")
     parts.append('<p class="key"><span class="a">&#9632; training</span> <span class="b">&#9632; held out</span></p>')
     parts.append(chart(lines, [(r["step"], r["loss"]) for r in held]))
     if len(ends) == 2:
-        names = ("loss", "token_accuracy", "exact", "first")
+        names = [name for name in ends[0] if name in ends[1] and name not in ("step", "tokens")]
         rows = [[name, *(f"{end[name]:.4g}" for end in ends)] for name in names]
         parts += ["<h2>Held-out rows</h2>", grid(["", "before", "after"], rows)]
     if report.get("samples"):
         parts.append("<h2>Samples</h2>")
         for sample in report["samples"]:
-            rows = [[name, f"<pre>{escape(str(sample[name]))}</pre>"] for name in ("prompt", "want", "before", "after")]
-            parts.append(grid(None, rows, safe=True))
-    here = {name: version(name) for name in ("jlora", "jax", "flax", "optax")}
-    here |= {"python": platform.python_version(), "devices": ", ".join(d.device_kind for d in jax.devices())}
-    for title, held_in in (("Data", data), ("Settings", settings), ("Environment", here)):
-        parts += [f"<h2>{title}</h2>", grid(None, [[str(k), str(v)] for k, v in held_in.items()])]
+            during = {f"step {step}": text for step, text in sample.get("during", {}).items()}
+            told = {**{name: sample[name] for name in ("prompt", "want", "before")}, **during, "after": sample["after"]}
+            parts.append(grid(None, [[name, f"<pre>{escape(str(x))}</pre>"] for name, x in told.items()], safe=True))
+    here = {name: version(name) for name in ("jlora", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")}
+    devices = Counter(f"{d.platform} {d.device_kind}" for d in jax.devices())
+    here |= {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    here |= {"devices": ", ".join(f"{count} x {name}" for name, count in devices.items())}
+    pace = {**report.get("pace", {}), "skipped_steps": report.get("skipped", 0)}
+    for title, held_in in (("Data", data), ("Pace", pace), ("Settings", settings), ("Environment", here)):
+        parts += [f"<h2>{title}</h2>", grid(None, [[str(k), plain(v)] for k, v in held_in.items()])]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     body = "\n".join(parts)
     icon = '<link rel="icon" href="data:,">'
     return f'<!doctype html><html lang="en"><head>{head}{icon}<title>jlora run</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n'  # noqa: E501
+
+
+def plain(value: Any) -> str:
+    """A figure as people write it."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(x)}" for name, x in value.items())
+    return ", ".join(map(plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def grid(head: list[str] | None, rows: list[list[str]], safe: bool = False) -> str:

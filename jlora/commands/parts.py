@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,7 @@ from jlora.lora import on_plain_base
 from jlora.methods import named
 from jlora.methods.lora_plus import lora_plus
 from jlora.methods.prefix import settle
-from jlora.train import OptimiserConfig, answer_sums, evaluate, make_eval_step, make_optimiser
-from jlora.train.loop import Stop
-from jlora.train.report import Reporter
+from jlora.train import OptimiserConfig, answer_sums, make_optimiser
 
 
 def rates(config: TrainConfig) -> OptimiserConfig:
@@ -49,14 +46,17 @@ def method_of(config: TrainConfig) -> named.MethodConfig:
     return named.MethodConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
 
 
-def made_by(config: TrainConfig, base: Pretrained) -> tuple[About, Callable[[Any], tuple[Any, Any]]]:
-    """(what the adapter is, params -> (frozen, trained)): a fresh one, or the one to go on from."""
+def made_by(
+    config: TrainConfig, base: Pretrained, whole: tuple[str, ...] = ()
+) -> tuple[About, Callable[[Any], tuple[Any, Any]]]:
+    """(what the adapter is, params -> (frozen, trained)): a fresh one, or the one to go on from. whole: modules that
+    train whole beside a fresh one."""
     if config.adapter:
         folder = config.adapter
         return about(folder), lambda params: load_adapter(dataclasses.replace(base, params=params), folder)[:2]
     settings, key = method_of(config), jax.random.key(config.seed)
     named.names_of(settings.method)
-    return settings, lambda params: named.make(params, settings, layouts=base.layouts, key=key)
+    return settings, lambda params: named.make(params, settings, layouts=base.layouts, train=whole, key=key)
 
 
 def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Callable[..., Path]:
@@ -79,16 +79,8 @@ def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Ca
 
 def rows_of(config: TrainConfig, source: str) -> list[Row]:
     """The rows of `source` by the settings' columns and templates."""
-    columns = Columns(config.columns, config.prompt, config.completion)
+    columns = Columns(config.columns, config.prompt, config.completion, header=config.header)
     return read_rows(source, split=config.split, columns=columns, limit=config.limit)
-
-
-def digest(examples: list[Example]) -> int:
-    """A checksum of the tokens and of what carries the loss, to tell one data set from another."""
-    value = 0
-    for example in examples:
-        value = zlib.crc32(example.loss_mask.tobytes(), zlib.crc32(example.tokens.tobytes(), value))
-    return value
 
 
 def tokens_of(rows: list[Row], base: Pretrained, config: TrainConfig, name: str) -> list[Example]:
@@ -113,7 +105,7 @@ def batches_of(config: TrainConfig, examples: list[Example], steps: int) -> Batc
 def objective(config: TrainConfig, base: Pretrained) -> Any:
     """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
     plain = jlora.lift(answer_sums(base.model))
-    options = {"smoothing": config.label_smoothing, "z_loss": config.z_loss, "neftune": config.neftune}
+    options: dict[str, Any] = {"smoothing": config.label_smoothing, "z_loss": config.z_loss, "neftune": config.neftune}
     shaped = jlora.lift(answer_sums(base.model, **options))
 
     def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
@@ -126,45 +118,6 @@ def objective(config: TrainConfig, base: Pretrained) -> Any:
     return sums
 
 
-def steps_of(config: TrainConfig, examples: list[Example]) -> int:
-    """`steps`, or what `epochs` passes over the examples take."""
-    return config.steps or max(1, round(config.epochs * batches_of(config, examples, 1).per_epoch))
-
-
-def judged(
-    name: str, judge: Any, trained: Any, frozen: Any, testing: BatchSource, stop: Stop = lambda: False
-) -> dict[str, float]:
-    """Evaluate on the held-out rows, with progress; raises `Interrupted` once `stop()`."""
-    with Reporter(len(testing), label=f"evaluating {name}", every=10) as bar:
-
-        def watched() -> Any:
-            for n in range(len(testing)):
-                yield testing[n]
-                bar.update(n + 1)
-
-        result = evaluate(judge, trained, frozen, watched(), stop)
-    right, exact = result["first"], result["exact"]
-    say(f"{name}: first token right {right:.1%}, exact answer {exact:.1%}, loss {result['loss']:.3f}")
-    return result
-
-
-def first_judged(
-    config: TrainConfig,
-    base: Pretrained,
-    tuned: Pretrained,
-    judge: Any,
-    trained: Any,
-    frozen: Any,
-    testing: BatchSource,
-) -> dict[str, float]:
-    """`judged` before the first step: of the base, or of the adapter to go on from."""
-    if tuned.model is base.model or config.adapter:
-        return judged("before", judge, trained, frozen, testing)
-    # an untrained prefix is not the model that it is put before
-    nothing = jax.tree.map(lambda _: None, base.params)
-    return judged("before", make_eval_step(objective(config, base)), nothing, base.params, testing)
-
-
 def answer(base: Pretrained, params: Any, row: Row) -> str:
     """What the model writes after a row's prompt, greedily, as long as the wanted answer and a little more."""
     room = len(base.tokenizer(row.completion)["input_ids"]) + 6
@@ -172,13 +125,3 @@ def answer(base: Pretrained, params: Any, row: Row) -> str:
         base.model, params, base.tokenizer, [row.prompt], GenerateConfig(max_new_tokens=min(room, 128))
     )
     return text
-
-
-def samples(base: Pretrained, tuned: Any, rows: list[Row], before: list[str]) -> list[dict[str, str]]:
-    """{prompt, want, before, after} of each row; said on the way."""
-    found = []
-    for row, was in zip(rows, before, strict=True):
-        now = answer(base, tuned, row)
-        found.append({"prompt": row.prompt, "want": row.completion, "before": was, "after": now})
-        say(f"{row.prompt!r}\n  before {was!r}\n  after  {now!r} (want {row.completion!r})")
-    return found

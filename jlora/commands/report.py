@@ -17,7 +17,7 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -> Path:
-    """Loss by step, and exact answers before and after where they were counted, as a PNG.
+    """Loss by step, and exact answers (or right labels) before and after where they were counted, as a PNG.
 
     Raises ImportError without matplotlib.
     """
@@ -25,7 +25,8 @@ def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -
         import matplotlib.figure as mpl
     except ImportError:
         raise ImportError("the plot needs matplotlib: pip install 'jlora[plot]'") from None
-    judged = "after" in report
+    share = next((name for name in ("exact", "accuracy") if name in report.get("after", {})), None)
+    judged = share is not None
     figure = mpl.Figure(figsize=(9 if judged else 5.5, 3.6), layout="constrained")
     axes = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
     steps = [r for r in records if r["kind"] == "train"]
@@ -36,11 +37,12 @@ def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -
         axes[0].legend(frameon=False)
     axes[0].set(xlabel="step", ylabel="loss on the answer (nats a token)", yscale="log", title="training")
     if judged:
-        values = [100 * report[when]["exact"] for when in ("before", "after")]
+        values = [100 * report[when][share] for when in ("before", "after")]
         bars = axes[1].bar(["before", "after"], values, color=[GREY, BLUE])
         axes[1].bar_label(bars, fmt="%.1f %%")
-        title = f"{report['after']['examples']:.0f} held-out examples"
-        axes[1].set(ylim=(0, 105), ylabel="exact answers, %", title=title)
+        count = report["after"].get("examples")
+        title = f"{count:.0f} held-out examples" if count else "held-out examples"
+        axes[1].set(ylim=(0, 105), ylabel="exact answers, %" if share == "exact" else "right, %", title=title)
     beside = path.with_suffix(".part.png")
     figure.savefig(beside, dpi=120)
     beside.replace(path)

@@ -19,7 +19,7 @@ LARGEST = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune a model on rows of prompts and answers; the loss is taken on the answers only."""
+    """Fine-tune a model on rows of answers, chats, text, labels or preferences."""
 
     model: str
     """Short name (smollm2-135m-instruct), Hub id, folder in Hub format, or .gguf file."""
@@ -31,6 +31,8 @@ class TrainConfig:
     """Of a Hub set."""
     columns: tuple[str, ...] = ()
     """Columns renamed, "new=old" each."""
+    header: bool = True
+    """Whether a CSV or TSV begins with its columns' names; without, they are "1", "2", ..."""
     prompt: str | None = None
     """Prompt of a row as a template of its columns: "{mr} ->"."""
     completion: str | None = None
@@ -95,6 +97,12 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest global norm of the gradient; 0: none."""
+    loss: Literal["answers", "dpo", "orpo"] = "answers"
+    """answers: of the answers' tokens, or of labels; dpo, orpo: of preferences."""
+    beta: float = 0.1
+    """DPO's beta, ORPO's weight of the odds ratio."""
+    labels: Literal["auto", "classes", "numbers"] = "auto"
+    """What labels are; auto: numbers where all are and one has a decimal point."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     """Weight of log(Z)^2."""
@@ -114,9 +122,15 @@ class TrainConfig:
     patience: int = 0
     """Stop after so many evaluations without a lower held-out loss; 0: never. The best adapter is kept in `best`."""
     save_every: int = 20
-    """Steps between checkpoints; 0: none."""
+    """Steps between checkpoints; 0: at the end only."""
     samples: int = 3
-    """Evaluation prompts answered before and after."""
+    """Evaluation prompts answered before, at each evaluation and after."""
+    metrics: tuple[str, ...] = ()
+    """Of answers written before and after: exact, bleu, chrf, rouge, or FILE.py:function (of labels: the last)."""
+    metric_rows: int = 100
+    """Evaluation prompts that are answered for `metrics`."""
+    max_new_tokens: int = 128
+    """Of such an answer."""
     track: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
     resume: bool = False
@@ -128,10 +142,22 @@ class TrainConfig:
 
 
 RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run", "force", "track")
+RUN_ONLY += ("metrics", "metric_rows", "max_new_tokens")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
 FIXED = ("model", "adapter", "method", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")
-FIXED += ("width", "drop", "virtual_tokens", "network", "quantise", "top_layers", "dimension", "projection")
+FIXED += (
+    "width",
+    "drop",
+    "virtual_tokens",
+    "network",
+    "quantise",
+    "loss",
+    "labels",
+    "top_layers",
+    "dimension",
+    "projection",
+)
 """Settings that --force cannot change: the saved state would not fit, or mean something else."""
 
 
@@ -210,7 +236,8 @@ def check(config: TrainConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < 2**31):
             raise ValueError(f"{name} = {value}: it is out of any range")
-    positive = ("batch", "accumulate", "max_length", "buckets", "rank", "epochs", "learning_rate")
+    positive = ("batch", "accumulate", "max_length", "buckets", "rank", "epochs", "learning_rate", "beta")
+    positive += ("metric_rows", "max_new_tokens")
     for name in positive:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} = {getattr(config, name)}: it must be above 0")

@@ -2,6 +2,7 @@
 
 from jlora.data.batches import BatchSource, bucket_lengths, collate
 from jlora.data.files import DataError, records
+from jlora.data.labels import Labelled, LabelSource, are_numbers, label_examples
 from jlora.data.packing import PackedSource, pack
 from jlora.data.rows import Columns, Row, classes_of, read_rows
 from jlora.data.snippets import DOMAINS, parse_snippets, rated_rows, split_rows
@@ -13,11 +14,15 @@ __all__ = [
     "Columns",
     "DataError",
     "Example",
+    "LabelSource",
+    "Labelled",
     "PackedSource",
     "Row",
+    "are_numbers",
     "bucket_lengths",
     "classes_of",
     "collate",
+    "label_examples",
     "pack",
     "parse_snippets",
     "rated_rows",

@@ -97,19 +97,20 @@ class BatchSource:
 
     def __getitem__(self, step: int) -> Batch:
         bucket, chosen = self.plan(step // self.per_epoch)[step % self.per_epoch]
-        parts = [
-            collate(
-                [self.examples[i] for i in chosen[n : n + self.batch]],
-                self.batch,
-                self.lengths[bucket],
-                self.labels[bucket],
-                self.pad,
-            )
-            for n in range(0, self.rows, self.batch)
-        ]
+        parts = [self.collated(chosen[n : n + self.batch], bucket) for n in range(0, self.rows, self.batch)]
         if self.accumulate == 1:
             return parts[0]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def collated(self, chosen: np.ndarray, bucket: int) -> Batch:
+        """One device step's batch of the examples with these numbers."""
+        examples = [self.examples[i] for i in chosen]
+        return collate(examples, self.batch, self.lengths[bucket], self.labels[bucket], self.pad)
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes of batches there are, so how often a step is compiled."""
+        return sum(len(members) > 0 for members in self.members)
 
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(bucket, example numbers) of each step of an epoch: every example once."""

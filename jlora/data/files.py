@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ class DataError(ValueError):
 Records = Iterator[tuple[str, Any]]
 
 
-def records(source: str | Path, *, split: str = "train", stream: bool = False) -> Records:
+def records(source: str | Path, *, split: str = "train", stream: bool = False, header: bool = True) -> Records:
     """("file:line", record) of FILE.jsonl, .csv, .tsv, .parquet, or hub:NAME (also hub:NAME:CONFIG or a local folder).
 
+    header: whether the first line of a .csv or .tsv names its columns; if not they are "1", "2", ...
     stream: rows of the Hub come as they are asked for, and the rest is never fetched.
     Raises FileNotFoundError for no file, DataError for one that cannot be read.
     """
@@ -32,7 +33,9 @@ def records(source: str | Path, *, split: str = "train", stream: bool = False) -
         raise DataError(f"{path}: a data file ends in {', '.join(READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file (give FILE{', FILE'.join(READERS)} or hub:NAME)")
-    return READERS[path.suffix](path)
+    if header or path.suffix not in (".csv", ".tsv"):
+        return READERS[path.suffix](path)
+    return READERS[path.suffix](path, header=False)
 
 
 def _jsonl(path: Path) -> Records:
@@ -53,9 +56,13 @@ def _jsonl(path: Path) -> Records:
                 raise DataError(f"{where}: not JSON: {one_line(error)}") from None
 
 
-def _csv(path: Path, **dialect: Any) -> Records:
+def _csv(path: Path, header: bool = True, **dialect: Any) -> Records:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, **dialect)
+        if not header:
+            first = next(csv.reader(file, **dialect), [])
+            reader.fieldnames = [str(n + 1) for n in range(len(first))]
+            file.seek(0)
         try:
             for record in reader:
                 where = f"{path}:{reader.line_num}"
@@ -68,9 +75,9 @@ def _csv(path: Path, **dialect: Any) -> Records:
             raise DataError(f"{path}:{reader.line_num + 1}: {one_line(error)}: JSONL has no such limit") from None
 
 
-def _tsv(path: Path) -> Records:
+def _tsv(path: Path, header: bool = True) -> Records:
     # quotes in tab-separated sets (GLUE) are text, and often stand alone
-    return _csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _csv(path, header, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _parquet(path: Path) -> Records:
@@ -89,7 +96,7 @@ def _parquet(path: Path) -> Records:
         raise DataError(f"{path}: not Parquet, or cut short: {one_line(error)}") from None
 
 
-READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
+READERS: dict[str, Callable[..., Records]] = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
 
 
 def _hub(name: str, split: str, stream: bool) -> Records:

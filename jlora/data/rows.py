@@ -53,13 +53,14 @@ class Row:
 class Columns:
     """How records become rows. rename: "to=from" each. templates: text with {column} in it, for sets of other columns.
 
-    `label`: rows are (text, pair, label) even where other columns are there.
+    `label`: rows are (text, pair, label) even where other columns are there. `header`: a table's first line names them.
     """
 
     rename: tuple[str, ...] = ()
     prompt: str | None = None
     completion: str | None = None
     label: bool = False
+    header: bool = True
 
 
 def read_rows(source: str | Path, *, split: str = "train", columns: Columns | None = None, limit: int = 0) -> list[Row]:
@@ -72,8 +73,8 @@ def read_rows(source: str | Path, *, split: str = "train", columns: Columns | No
     if name.startswith("pip:"):
         rows = _pip(name)[: limit or None]
     else:
-        found = records(source, split=split, stream=bool(limit))
         how = columns or Columns()
+        found = records(source, split=split, stream=bool(limit), header=how.header)
         rows = [
             parse_row(adapt(r, how, where), where, how.label) for where, r in itertools.islice(found, limit or None)
         ]
@@ -133,7 +134,8 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
         values = {key: _text(record, key, where) for key in ("instruction", "input") if record.get(key)}
         return Row(prompt=template.format(**values), completion=_answer(record, "output", where), where=where)
     pair = any(first in record and second in record for first, second in PAIRS)
-    if "label" in record and (pair or {"text", "sentence"} & set(record)):
+    asked = {"prompt", "completion"} <= set(record)
+    if "label" in record and not asked and (pair or {"text", "sentence"} & set(record)):
         return _labelled(record, where)
     if "text" in record and not {"prompt", "completion"} & set(record):
         return Row(completion=_answer(record, "text", where), where=where)

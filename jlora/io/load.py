@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.io.head import JUDGING, with_head
 from jlora.io.objects import read_json
-from jlora.io.pypi import SMOLLM2, pip_file
+from jlora.io.pypi import MINILM, SMOLLM2, pip_file
 from jlora.io.sizes import checked_config
 from jlora.io.tensors import Source, build, safetensors_source
 from jlora.io.text import one_line
@@ -24,7 +25,7 @@ from jlora.quant.tree import from_layers, planned
 from jlora.sharding import place
 
 READ = (".json", ".txt", ".model", ".jinja")
-SHORT = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2}
+SHORT = {"smollm2-135m-instruct": SMOLLM2, "smollm2-135m": SMOLLM2, "all-minilm-l6-v2": MINILM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Pretrained:
     tensors: list[HFTensor]
     folder: Path | None = None
     """Where the Hub files lie, for a source in Hub format."""
+    fresh: tuple[str, ...] = ()
+    """Paths of a head that the checkpoint does not hold."""
 
     @property
     def layouts(self) -> dict[str, str]:
@@ -61,6 +64,7 @@ def load(
     weights: bool = True,
     sharding: Callable[[str, Any], Any] | None = None,
     head: str | None = None,
+    labels: int | None = None,
     quantise: Any = None,
 ) -> Pretrained:
     """A model from a `.gguf` file, a folder in Hub format, the Hub ("owner/name", "hf://owner/name@revision"), or a
@@ -68,8 +72,9 @@ def load(
 
     dtype: of the parameters and the computation. revision: branch, tag or commit, for the Hub. weights: False gives
     `params` as shapes and reads no tensor. sharding: (path, ShapeDtypeStruct) -> Sharding of that leaf; each
-    device's part is read by itself. head: of an encoder, as its family names them. quantise: a scheme of
-    `jlora.quantise` for all linear weights; a layer at a time, so the floats are never whole in memory.
+    device's part is read by itself. head: of an encoder, as its family names them. labels: classes of that head; where
+    the checkpoint holds none, or another number, it is drawn afresh. quantise: a scheme of `jlora.quantise` for all
+    linear weights; a layer at a time, so the floats are never whole in memory.
     Raises ValueError listing tensors that are missing, unknown or wrongly shaped, FileNotFoundError for no source.
     """
     path = locate(source, revision)
@@ -84,18 +89,25 @@ def load(
         config, stored, reader = read_gguf(path)
         kind, tokenizer = family(config.model_type), tokenizer_of(reader)
     extra = {} if head is None else {"head": head}
+    if head is not None and "head" not in {field.name for field in dataclasses.fields(kind.model)}:
+        raise ValueError(f"{source}: {config.model_type} has no head {head!r}: encoders do")
+    if labels is not None:
+        config = dataclasses.replace(config, num_labels=labels)
     tensors = kind.hf_tensors(config, scan_layers, **extra)
     model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=remat, **extra)
     try:
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     except (TypeError, ValueError, ArithmeticError) as error:  # whichever operation meets sizes that do not fit
         raise ValueError(f"{path}: the sizes of its config do not fit each other: {one_line(error)}") from None
-    params = shapes if quantise is None else quantised(shapes, quantise, layouts=layouts_of(tensors))
+    params, fresh = shapes if quantise is None else quantised(shapes, quantise, layouts=layouts_of(tensors)), []
     if weights:
         stored = stored or folder_source(path)
+        if head in JUDGING:
+            stored, fresh = with_head(stored, tensors, shapes)
         made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
         params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored), made=made)
-    return Pretrained(model, params, config, tokenizer, source, tensors, path if path.is_dir() else None)
+    folder = path if path.is_dir() else None
+    return Pretrained(model, params, config, tokenizer, source, tensors, folder, tuple(fresh))
 
 
 def quantisers(shapes: Any, scheme: Any, layouts: Mapping[str, Any]) -> dict[str, Any]:

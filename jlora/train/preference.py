@@ -32,9 +32,12 @@ def orpo(chosen: jax.Array, rejected: jax.Array, weight: float) -> Any:
     return -chosen - weight * jax.nn.log_sigmoid(margin), margin
 
 
-def preference_sums(model: Any, kind: str, beta: float = 0.1) -> Callable[[Any, Any, Any, Any], Sums]:
+def preference_sums(
+    model: Any, kind: str, beta: float = 0.1, dropout: float = 0.0
+) -> Callable[[Any, Any, Any, Any], Sums]:
     """f(trained, frozen, batch, key) -> `Sums` over the pairs of `PairSource`: `loss` summed, `tokens` and `examples`
     the pairs, the others those whose chosen answer leads. kind: "dpo" or "orpo"; beta: DPO's, or ORPO's weight.
+    dropout: of the adapter's input, where a key is given.
 
     Raises ValueError for another kind, and for DPO where a leaf is trained whole: its reference would be lost.
     """
@@ -49,7 +52,9 @@ def preference_sums(model: Any, kind: str, beta: float = 0.1) -> Callable[[Any, 
         return logp[::2], logp[1::2], size[::2], size[1::2]
 
     def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Sums:
-        chosen, rejected, size, other = pairs(jlora.combine(frozen, trained), batch)
+        drop = dropout if key is not None else 0.0
+        params = jlora.combine(frozen, trained, dropout=drop, key=key if drop else None)
+        chosen, rejected, size, other = pairs(params, batch)
         if kind == "dpo":
             if any(leaf is None for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: leaf is None)):
                 raise ValueError("dpo needs the base as its reference: train no weight whole")
@@ -74,12 +79,6 @@ class PairSource(BatchSource):
         # the sums by example have as many entries as there are labels: at least one a row
         self.labels = [max(batch * int(counts[m].max(initial=0)), 2 * batch) for m in self.members]
 
-    def __getitem__(self, step: int) -> Batch:
-        bucket, chosen = self.plan(step // self.per_epoch)[step % self.per_epoch]
-        parts = []
-        for n in range(0, self.rows, self.batch):
-            rows = [example for i in chosen[n : n + self.batch] for example in self.pairs[i]]
-            parts.append(collate(rows, 2 * self.batch, self.lengths[bucket], self.labels[bucket], self.pad))
-        if self.accumulate == 1:
-            return parts[0]
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    def collated(self, chosen: np.ndarray, bucket: int) -> Batch:
+        rows = [example for i in chosen for example in self.pairs[i]]
+        return collate(rows, 2 * self.batch, self.lengths[bucket], self.labels[bucket], self.pad)

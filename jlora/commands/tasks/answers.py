@@ -1,0 +1,108 @@
+"""Answers to prompts, turns of chats, and text: the task that the others change."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora.commands.parts import batches_of, objective
+from jlora.commands.settings import TrainConfig, say, scheme
+from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
+from jlora.io import Pretrained, load
+from jlora.train import evaluate, make_eval_step
+from jlora.train.loop import Stop
+
+REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots"}
+Judge = Callable[[Any, Any, BatchSource, Stop, Callable[[int], None]], dict[str, float]]
+"""f(trained, frozen, batches, stop, progress) -> figures; raises `Interrupted` once `stop()`."""
+
+
+class Answers:
+    """Answers to prompts, turns of chats, and text, by a decoder."""
+
+    head: str | None = None
+    labels: int | None = None
+    whole: tuple[str, ...] = ()
+    """Modules that train whole."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.cut = config, 0
+
+    def load(self) -> Pretrained:
+        """The model as the settings want it."""
+        c = self.config
+        kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "remat": REMAT[c.remat], "weights": not c.dry_run}
+        kinds["quantise"] = scheme(c.quantise)
+        base = load(c.model, **kinds, head=self.head, labels=self.labels)
+        if base.tokenizer is None:
+            raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
+        return base
+
+    def examples(self, rows: list[Row], base: Pretrained, name: str) -> list[Any]:
+        """The rows as the model reads them; says how many were cut, which `cut` counts."""
+        found, cut = self.tokenised(rows, base)
+        if cut:
+            say(f"{name}: {cut} of {len(rows)} rows were cut to max_length = {self.config.max_length}")
+        self.cut += cut
+        return found
+
+    def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
+        """(examples, how many were cut)."""
+        return tokenise_rows(rows, base.tokenizer, self.config.max_length)
+
+    def flat(self, examples: list[Any]) -> list[Example]:
+        """The examples' token sequences one by one."""
+        return examples
+
+    def training(self, examples: list[Any], steps: int) -> BatchSource:
+        return batches_of(self.config, examples, steps)
+
+    def testing(self, examples: list[Any]) -> BatchSource:
+        """All of them once, in order."""
+        return BatchSource(examples, self.config.batch, bucket_lengths(examples, self.config.buckets))
+
+    def objective(self, base: Pretrained) -> Any:
+        """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
+        return objective(self.config, base)
+
+    def judge(self, base: Pretrained) -> Judge:
+        step = make_eval_step(self.objective(base))
+
+        def judge(trained: Any, frozen: Any, batches: BatchSource, stop: Stop, progress: Any) -> dict[str, float]:
+            return self.named(evaluate(step, trained, frozen, watched(batches, progress), stop))
+
+        return judge
+
+    def named(self, means: dict[str, float]) -> dict[str, float]:
+        """An evaluation's figures from the `means` of its sums."""
+        return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
+
+    def steps(self, examples: list[Any]) -> int:
+        """`steps`, or what `epochs` passes over the examples take."""
+        return self.config.steps or max(1, round(self.config.epochs * self.training(examples, 1).per_epoch))
+
+    def digest(self, examples: list[Any]) -> int:
+        """A checksum of the tokens and of what is learned about them, to tell one data set from another."""
+        value = 0
+        for example in self.flat(examples):
+            value = zlib.crc32(example.loss_mask.tobytes(), zlib.crc32(example.tokens.tobytes(), value))
+        return value
+
+    def asked(self, rows: list[Row]) -> list[Row]:
+        """The rows whose prompts a model can answer."""
+        return [row for row in rows if not row.messages]
+
+    def beside(self, folder: Path) -> None:
+        """What else belongs into an adapter's folder."""
+
+
+def watched(batches: BatchSource, progress: Callable[[int], None]) -> Any:
+    """The batches one by one; `progress(n)` after the n-th is used."""
+    for n in range(len(batches)):
+        yield batches[n]
+        progress(n + 1)

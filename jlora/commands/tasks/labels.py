@@ -1,0 +1,125 @@
+"""Sentences and pairs of sentences with a class or a number, by an encoder's head."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jlora
+from jlora.commands.settings import TrainConfig
+from jlora.commands.tasks.answers import Answers, Judge, watched
+from jlora.data import BatchSource, DataError, LabelSource, Row, are_numbers, bucket_lengths, classes_of, label_examples
+from jlora.io import Pretrained
+from jlora.io.peft import put
+from jlora.train.labels import label_figures, label_sums, outputs
+from jlora.train.loop import Interrupted, Stop
+from jlora.train.metrics import text_metric
+
+CLASSES = "classes.json"
+"""Beside an adapter with a head: the classes' names in the order of its outputs; null: it gives a number."""
+
+
+class Labels(Answers):
+    """Sentences and pairs of sentences with a class or a number, by an encoder's head, which trains whole."""
+
+    def __init__(self, config: TrainConfig, rows: Sequence[Row]):
+        super().__init__(config)
+        held = Path(config.adapter or "", CLASSES)
+        if config.adapter and held.is_file():
+            self.classes: list[str] | None = json.loads(held.read_text(encoding="utf-8"))
+        else:
+            numbers = config.labels == "numbers" or (config.labels == "auto" and are_numbers(rows))
+            self.classes = None if numbers else classes_of(rows)
+        self.head = "regress" if self.classes is None else "classify"
+        self.labels = 1 if self.classes is None else len(self.classes)
+        if self.labels == 1 and self.classes:
+            raise DataError(f"{config.data}: every row has the label {self.classes[0]!r}: there is nothing to learn")
+
+    def load(self) -> Pretrained:
+        try:
+            base = super().load()
+        except ValueError as error:
+            if "has no head" not in str(error):
+                raise
+            raise ValueError(f"{error}; a decoder learns labels as answers: give prompt and completion") from None
+        self.whole = ("classifier", *(["pooler"] if any(p.startswith("pooler") for p in base.fresh) else []))
+        return base
+
+    def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
+        return label_examples(rows, base.tokenizer, self.config.max_length, self.classes)
+
+    def training(self, examples: list[Any], steps: int) -> BatchSource:
+        c, lengths = self.config, bucket_lengths(examples, self.config.buckets)
+        if c.packing:
+            raise ValueError("packing is for answers, not for labels")
+        return LabelSource(examples, c.batch, lengths, seed=c.seed, steps=steps, accumulate=c.accumulate)
+
+    def testing(self, examples: list[Any]) -> BatchSource:
+        return LabelSource(examples, self.config.batch, bucket_lengths(examples, self.config.buckets))
+
+    def objective(self, base: Pretrained) -> Any:
+        c, numbers = self.config, self.classes is None
+        shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.neftune))
+        plain = jlora.lift(label_sums(base.model, numbers))
+
+        def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+            if key is None:
+                return plain(jlora.combine(frozen, trained), batch)
+            drop, noise = jax.random.split(key)
+            params = jlora.combine(frozen, trained, dropout=c.dropout, key=drop if c.dropout else None)
+            return shaped(params, batch, noise)
+
+        return sums
+
+    def judge(self, base: Pretrained) -> Judge:
+        run = jlora.lift(outputs(base.model))
+        said = jax.jit(lambda trained, frozen, batch: run(jlora.combine(frozen, trained), batch))
+
+        def judge(trained: Any, frozen: Any, batches: BatchSource, stop: Stop, progress: Any) -> dict[str, float]:
+            return self.figures(*predictions(lambda batch: said(trained, frozen, batch), batches, stop, progress))
+
+        return judge
+
+    def figures(self, out: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """`label_figures`, and the user's metrics on names of classes (or on numbers as text)."""
+        found = label_figures(out, labels, self.classes is None)
+        for name in self.config.metrics:
+            written, wanted = (self.names(x) for x in (out, labels))
+            found[name.rpartition(":")[2]] = text_metric(name)(written, [[text] for text in wanted])
+        return found
+
+    def names(self, values: np.ndarray) -> list[str]:
+        """Outputs [n, c], or labels [n], as the classes' names."""
+        if self.classes is None:
+            return [f"{value:g}" for value in (values[:, 0] if values.ndim == 2 else values)]
+        return [self.classes[int(n)] for n in (values.argmax(-1) if values.ndim == 2 else values)]
+
+    def digest(self, examples: list[Any]) -> int:
+        labels = np.array([example.label for example in examples], np.float32)
+        return zlib.crc32(labels.tobytes(), super().digest(examples))
+
+    def asked(self, rows: list[Row]) -> list[Row]:
+        return []
+
+    def beside(self, folder: Path) -> None:
+        put(folder / CLASSES, (json.dumps(self.classes) + "\n").encode())
+
+
+def predictions(
+    said: Callable[[Any], Any], batches: BatchSource, stop: Stop = lambda: False, progress: Any = lambda n: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(what the head says f64 [n, c], labels f64 [n]) of every example of a `LabelSource`."""
+    out, labels = [], []
+    for batch in watched(batches, progress):
+        if stop():
+            raise Interrupted
+        there = batch["weights"] > 0
+        out.append(np.asarray(said(batch), np.float64)[there])
+        labels.append(batch["labels"][there].astype(np.float64))
+    return np.concatenate(out), np.concatenate(labels)

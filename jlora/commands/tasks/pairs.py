@@ -1,0 +1,43 @@
+"""Preferences: which of two answers to a prompt is better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jlora.commands.tasks.answers import Answers
+from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
+from jlora.io import Pretrained
+from jlora.train.preference import PairSource, preference_sums
+
+
+class Pairs(Answers):
+    """Preferences, by DPO or ORPO."""
+
+    def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
+        sides, cuts = [], 0
+        for text in (lambda row: row.completion, lambda row: row.rejected):
+            alone = [Row(row.prompt, text(row), where=row.where) for row in rows]
+            side, cut = tokenise_rows(alone, base.tokenizer, self.config.max_length)
+            sides, cuts = [*sides, side], cuts + cut
+        return list(zip(*sides, strict=True)), cuts
+
+    def flat(self, examples: list[Any]) -> list[Example]:
+        return [example for pair in examples for example in pair]
+
+    def training(self, examples: list[Any], steps: int) -> BatchSource:
+        c = self.config
+        if c.packing:
+            raise ValueError("packing is for answers, not for pairs of them")
+        return PairSource(examples, c.batch, self.lengths(examples), seed=c.seed, steps=steps, accumulate=c.accumulate)
+
+    def testing(self, examples: list[Any]) -> BatchSource:
+        return PairSource(examples, self.config.batch, self.lengths(examples))
+
+    def lengths(self, examples: list[Any]) -> list[int]:
+        return bucket_lengths([max(pair, key=lambda e: len(e.tokens)) for pair in examples], self.config.buckets)
+
+    def objective(self, base: Pretrained) -> Any:
+        return preference_sums(base.model, self.config.loss, self.config.beta, self.config.dropout)
+
+    def named(self, means: dict[str, float]) -> dict[str, float]:
+        return {"loss": means["loss"], "accuracy": means["exact"], "examples": means["examples"]}
