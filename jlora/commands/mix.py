@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from jlora.io.patterns import Patterns
 from jlora.io.peft import save_peft
 from jlora.mix import Method, mix
 from jlora.models.tensors import HFTensor
+from jlora.train.report import Reporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +56,13 @@ def mix_command(config: MixConfig) -> dict[str, Any]:
         found = [tree[name] for tree in trees if name in tree]
         if len({tuple(entry) for entry in found}) > 1:
             raise ValueError(f"{name} is an embedding in one adapter and a linear weight in another")
-    full = [{name: tree.get(name, {part: None}) for name, part in kinds.items()} for tree in trees]
-    key = jax.random.key(config.seed)
-    mixed = mix(full, weights, config.method, rank=config.rank, density=config.density, key=key)
+    options = {"rank": config.rank, "density": config.density, "key": jax.random.key(config.seed)}
+    mixed: dict[str, Any] = {}
+    with Reporter(len(kinds), label="mixing", every=10) as bar:
+        for name, part in kinds.items():
+            each = [{name: tree.get(name, {part: None})} for tree in trees]
+            mixed |= mix(each, weights, config.method, **options)
+            bar.update(len(mixed))
     ranks = [entry.lora_a.shape[-1] for parts in mixed.values() for entry in parts.values()]
     turned = not about[0].get("fan_in_fan_out")
     tensors = [HFTensor(f"{name}.weight", f"{name}/{part}", None, turned) for name, part in kinds.items()]
@@ -75,9 +81,12 @@ def weighted(word: str) -> tuple[str, float]:
     if not colon or Path(word).is_dir():
         return word, 1.0
     try:
-        return folder, float(weight)
+        number = float(weight)
     except ValueError:
-        raise ValueError(f"{word}: {weight!r} is no weight; write FOLDER:NUMBER, as runs/a:0.7") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{word}: {weight!r} is no weight; write FOLDER:NUMBER, as runs/a:0.7")
+    return folder, number
 
 
 def read(folder: str) -> dict[str, dict[str, Any]]:
