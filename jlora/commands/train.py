@@ -19,6 +19,7 @@ from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, sav
 from jlora.commands.tasks import Answers, task_of
 from jlora.commands.watch import Watch
 from jlora.data import Row, split_rows
+from jlora.io.lock import claim, release
 from jlora.train import Checkpoints, TrainState, fit, init_state, make_train_step
 from jlora.train.loop import Stop, on_sigterm
 from jlora.train.metrics import text_metric
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.dry_run:
         return describe(config, task, base, make, examples, tests)
     out = Path(config.output)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     save_settings(dataclasses.replace(config, resume=False), out / "settings.yaml")
     frozen, lora = make(base.params)
     say(jlora.summary(frozen, lora))
@@ -71,6 +72,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data |= {"cut": task.cut, "compiled_shapes": report.pop("shapes")}
     report["page"] = str(write_page(out / "report.html", report, records, dataclasses.asdict(config), data))
     write_json(out / "report.json", report)
+    release(out)
     return report
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,6 @@ def save_peft(
     base: the Hub id or path of the base model. task: PEFT's task_type. card: lines of the model card, by name (data,
     metrics). Raises ValueError for what the format cannot hold.
     """
-    import ml_dtypes  # noqa: F401  (safetensors.numpy writes bfloat16 only once this is imported)
-    from safetensors.numpy import save
-
     folder = Path(folder)
     found = modules(lora, tensors)
     arrays: dict[str, np.ndarray] = {}
@@ -104,10 +102,7 @@ def save_peft(
     written |= {"task_type": task, "base_model_name_or_path": base, "revision": revision}
     if rows:  # readers of older PEFT choke on keys they do not know: only where it is used
         written["trainable_token_indices"] = rows
-    folder.mkdir(parents=True, exist_ok=True)
-    put(folder / "adapter_model.safetensors", save(arrays, metadata={"format": "pt"}))
-    put(folder / "README.md", card_text(base, written, card or {}).encode())
-    put(folder / "adapter_config.json", (json.dumps(written, indent=2) + "\n").encode())
+    put_adapter(folder, arrays, card_text(base, written, card or {}), written)
     return folder
 
 
@@ -177,8 +172,32 @@ def refused_by_vllm(written: Mapping[str, Any]) -> list[str]:
     return said + ([f"vLLM needs --max-lora-rank {highest} for this rank."] if highest > 16 else [])
 
 
-def put(path: Path, data: bytes) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(data)
-    beside.replace(path)
+def put_adapter(folder: Path, arrays: dict[str, np.ndarray], card: str, written: Mapping[str, Any]) -> None:
+    """The three files of an adapter's folder, complete or as they were."""
+    import ml_dtypes  # noqa: F401  (safetensors.numpy writes bfloat16 only once this is imported)
+    from safetensors.numpy import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    put_all(
+        {
+            folder / "adapter_model.safetensors": save(arrays, metadata={"format": "pt"}),
+            folder / "README.md": card.encode(),
+            folder / "adapter_config.json": (json.dumps(written, indent=2) + "\n").encode(),
+        }
+    )
+
+
+def put_all(files: Mapping[Path, bytes]) -> None:
+    """Write all beside and onto the disk, then rename all, in order: a full disk leaves what was there as it was."""
+    beside = {path: path.with_name(path.name + ".part") for path in files}
+    try:
+        for path, data in files.items():
+            beside[path].write_bytes(data)
+            with beside[path].open("rb") as file:
+                os.fsync(file.fileno())
+        for path, part in beside.items():
+            part.replace(path)
+    except OSError:
+        for part in beside.values():
+            part.unlink(missing_ok=True)
+        raise

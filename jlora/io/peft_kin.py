@@ -9,7 +9,6 @@ encoder PEFT's head reads a virtual token, not the first real one.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.io.load import Pretrained
-from jlora.io.peft import PREFIX, module_of, put, targets_of
+from jlora.io.peft import PREFIX, module_of, put_adapter, targets_of
 from jlora.leaves import RANK
 from jlora.lift import lift
 from jlora.lora import Together, combine, is_adapter
@@ -70,9 +69,6 @@ def save_kin(
     task: str | None = "CAUSAL_LM",
 ) -> Path:
     """Write `trained`, a tree of this `kind` (`kind_of`, or "P_TUNING" for "PROMPT_TUNING"). Returns the folder."""
-    import ml_dtypes  # noqa: F401  (safetensors.numpy writes bfloat16 only once this is imported)
-    from safetensors.numpy import save
-
     arrays, told = ia3_file(base, trained) if kind == "IA3" else prompt_file(base, trained, kind)
     written = {
         "peft_type": kind,
@@ -83,13 +79,10 @@ def save_kin(
         **told,
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"base model": base.source, "method": kind, **card}
     body = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     text = f"---\nbase_model: {base.source}\nlibrary_name: peft\ntags: [jlora]\n---\n\n# Adapter\n\n{body}"
-    put(folder / "adapter_model.safetensors", save(arrays, metadata={"format": "pt"}))
-    put(folder / "README.md", text.encode())
-    put(folder / "adapter_config.json", (json.dumps(written, indent=2) + "\n").encode())
+    put_adapter(folder, arrays, text, written)
     return folder
 
 

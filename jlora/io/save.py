@@ -38,7 +38,7 @@ def save(
     if base.tokenizer is not None:
         base.tokenizer.save_pretrained(beside)
     for name in COPIED:
-        if base.folder and (base.folder / name).is_file():
+        if base.folder and own(base.folder, name):
             shutil.copyfile(base.folder / name, beside / name)
     if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
         ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": base.tokenizer.eos_token_id}
@@ -47,6 +47,13 @@ def save(
         folder.rmdir()
     beside.rename(folder)
     return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
+
+
+def own(folder: Path, name: str) -> bool:
+    """Whether the file is the model's: a link that leaves its folder, or the Hub cache's of its repository, is not."""
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    return (folder / name).is_file() and (folder / name).resolve().is_relative_to(root)
 
 
 def hub_arrays(tensors: Iterable[HFTensor], params: Any, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

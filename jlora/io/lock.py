@@ -1,0 +1,62 @@
+"""One process at a time in a folder, by POSIX record locks: the system lets go of them when a process ends, however."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAME = ".lock"
+HELD: dict[Path, IO[str]] = {}
+
+
+def claim(folder: str | Path) -> None:
+    """Hold `folder` (made if need be) until `release` or the end of this process, which may claim it again.
+
+    Raises BlockingIOError, an OSError, if another process holds it. File systems without locks hold nothing.
+    """
+    path = Path(folder).resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or path in HELD:
+        return
+    file = (path / NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either
+        file.seek(0)
+        who = file.read(20).strip() or "unknown"
+        file.close()
+        raise BlockingIOError(
+            f"{folder} is in use by another process (number {who}): wait for it, or give another folder"
+        ) from None
+    except OSError:
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    HELD[path] = file
+
+
+def release(folder: str | Path) -> None:
+    """Let go of it, if it is held."""
+    file = HELD.pop(Path(folder).resolve(), None)
+    if file is not None:
+        file.close()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block with the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / NAME).open("a", encoding="utf-8") as file:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
