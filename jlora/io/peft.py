@@ -187,6 +187,11 @@ def put_adapter(folder: Path, arrays: dict[str, np.ndarray], card: str, written:
     )
 
 
+def put(path: Path, data: bytes) -> None:
+    """Write beside, then rename."""
+    put_all({path: data})
+
+
 def put_all(files: Mapping[Path, bytes]) -> None:
     """Write all beside and onto the disk, then rename all, in order: a full disk leaves what was there as it was."""
     beside = {path: path.with_name(path.name + ".part") for path in files}
