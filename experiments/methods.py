@@ -73,7 +73,8 @@ TARGETS = {"snippets": ("q_proj", "v_proj"), "sst2": ("query", "value")}
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "snippets": {
         "houlsby": {"width": 6}, "pfeiffer": {"width": 13}, "lin": {"width": 12}, "parallel": {"width": 3},
-        "prefix": {"virtual_tokens": 27}, "prompt": {"virtual_tokens": 27}, "p-tuning": {"virtual_tokens": 27},
+        "prefix": {"virtual_tokens": 27}, "prefix-kv": {"virtual_tokens": 40},
+        "prompt": {"virtual_tokens": 27}, "p-tuning": {"virtual_tokens": 27},
         "lora+prompt": {"virtual_tokens": 8}, "lora+prefix": {"rank": 4, "virtual_tokens": 13},
         "lora+houlsby": {"rank": 4, "width": 3}, "intrinsic": {"dimension": 10_000},
     },
@@ -86,14 +87,16 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 RATES = {
     "full": 5e-5, "top": 2e-4, "bitfit": 2e-3, "norms": 5e-3, "ia3": 1e-2, "prompt": 3e-2, "p-tuning": 3e-3,
-    "prefix": 1e-2, "lora+prompt": 2e-3, "lora+prefix": 2e-3, "intrinsic": 1e-1, "lora-plus": 2e-4, "pissa": 5e-4,
-    "olora": 5e-4,
+    "prefix": 1e-2, "lora+prompt": 2e-3, "lora+prefix": 2e-3, "intrinsic": 1e-1, "lora-plus": 2e-4, "prefix-kv": 1e-2,
 }  # fmt: skip
 """The learning rate; the rest have 1e-3. lora-plus: B's is 16 times that."""
 KINDS = ["lora", "rslora", "lora-plus", "dora", "pissa", "olora", "ia3", "norms", "bitfit", "top", "full", "houlsby"]
-KINDS += ["pfeiffer", "lin", "parallel", "prompt", "p-tuning", "prefix", "intrinsic"]
+KINDS += ["pfeiffer", "lin", "parallel", "prompt", "p-tuning", "prefix", "prefix-kv", "intrinsic"]
 KINDS += ["lora+bitfit", "lora+prompt", "lora+prefix", "lora+houlsby"]
-PLAN = {"sst2": KINDS, "snippets": [name for name in KINDS if "bitfit" not in name]}  # Llama has no biases
+PLAN = {  # Llama has no biases, an encoder no cache
+    "sst2": [name for name in KINDS if name != "prefix-kv"],
+    "snippets": [name for name in KINDS if "bitfit" not in name],
+}
 
 
 @dataclasses.dataclass

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import json
 from typing import Any, Literal
 
 from jlora.commands.merge import MergeConfig, merge_command
 from jlora.commands.settings import say
 from jlora.io import load
-from jlora.io.adapters import load_adapter
+from jlora.io.adapters import load_adapter, peft_form, save_adapter
 from jlora.io.gguf_adapter import save_gguf_adapter
-from jlora.io.peft import refused_by_vllm, save_peft
+from jlora.io.peft import refused_by_vllm
+from jlora.io.peft_kin import as_keys_and_values
+from jlora.lora import Together
+from jlora.methods.named import MethodConfig
+from jlora.methods.plant import entries_of
+from jlora.methods.prefix import PrefixLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +39,20 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
     if config.to == "merged":
         return merge_command(MergeConfig(config.model, config.adapter, config.output))
     base = load(config.model, weights=config.to == "peft")
-    _, lora, settings = load_adapter(base, config.adapter)
+    frozen, trained, what = load_adapter(base, config.adapter)
     name = config.base or config.model
     if config.to == "gguf":
-        return {"output": str(save_gguf_adapter(config.output, lora, base.config, base.tensors, name))}
-    folder = save_peft(config.output, lora, settings, base.tensors, name)
-    import json
-
-    for note in refused_by_vllm(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))):
+        return {"output": str(save_gguf_adapter(config.output, trained, base.config, base.tensors, name))}
+    entries = [] if isinstance(trained, Together) else [*entries_of(trained).values()]
+    if entries and all(isinstance(entry, PrefixLayer) for entry in entries):
+        trained, what = as_keys_and_values(base, frozen, trained), MethodConfig(method="prefix-kv")
+    if peft_form(base, trained) is None:
+        method = what.method if isinstance(what, MethodConfig) else "LoRA"
+        raise ValueError(
+            f"PEFT has no file that is the same as {method}: `--to merged` writes a plain model, if it can"
+        )
+    folder = save_adapter(config.output, dataclasses.replace(base, source=name), trained, what)
+    written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for note in refused_by_vllm(written) if written["peft_type"] == "LORA" else ():
         say(note)
     return {"output": str(folder)}

@@ -303,22 +303,27 @@ def task_of(model: Any) -> str | None:
     return "CAUSAL_LM" if hasattr(model, "init_cache") else "SEQ_CLS" if judges else None
 
 
+def peft_form(base: Pretrained, trained: Any) -> str | None:
+    """PEFT's peft_type of a file that holds exactly this tree, or None."""
+    entries = {} if isinstance(trained, Together) else entries_of(trained)
+    adapters = [entry for entry in entries.values() if is_adapter(entry)]
+    if adapters and all(isinstance(entry, LoraFactors | DoraFactors | TokenRows) for entry in adapters):
+        return "LORA"
+    return peft_kin.kind_of(base, trained)
+
+
 def save_adapter(
     folder: str | Path, base: Pretrained, trained: Any, about: About, *, card: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a trained tree so that `load_adapter` gives it back bit for bit: in PEFT's format where that is the same
     thing, else in the plain form (`io/plain.py`). Returns the folder.
     """
-    entries = {} if isinstance(trained, Together) else entries_of(trained)
-    kin = (LoraFactors, DoraFactors, TokenRows)
-    if all(isinstance(x, kin) or not is_adapter(x) for x in entries.values()) and any(
-        map(is_adapter, entries.values())
-    ):
+    form = peft_form(base, trained)
+    if form is None:
+        return plain.save_plain(folder, trained, base.params, base.source, dataclasses.asdict(about), card or {})
+    if form == "LORA":
         config = about if isinstance(about, LoraConfig) else lora_config(about)
         return save_peft(folder, trained, config, base.tensors, base.source, task=task_of(base.model), card=card)
-    if (kind := peft_kin.kind_of(base, trained)) is not None:
-        named_so = kind == "PROMPT_TUNING" and isinstance(about, MethodConfig) and about.method == "p-tuning"
-        return peft_kin.save_kin(
-            folder, base, trained, "P_TUNING" if named_so else kind, card or {}, task_of(base.model)
-        )
-    return plain.save_plain(folder, trained, base.params, base.source, dataclasses.asdict(about), card or {})
+    if form == "PROMPT_TUNING" and isinstance(about, MethodConfig) and about.method == "p-tuning":
+        form = "P_TUNING"
+    return peft_kin.save_kin(folder, base, trained, form, card or {}, task_of(base.model))

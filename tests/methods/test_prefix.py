@@ -8,7 +8,7 @@ from toys import CONFIG, KEY, TOKENS, encoder, jitter, stacks
 
 import jlora
 from jlora.generate import GenerateConfig, generate, pad_left
-from jlora.methods import prefix
+from jlora.methods import prefix, prefix_kv
 from jlora.methods.columns import reading
 from jlora.methods.together import together
 from jlora.models.gpt2 import GPT2, GPT2Config
@@ -189,8 +189,63 @@ def test_fused_projection_takes_a_layer_prefix():
     np.testing.assert_allclose(got, model.apply({"params": params}, real)[:, N:], atol=1e-5)
 
 
+def joined(like):
+    return jnp.concatenate([jnp.broadcast_to(like, (2, len(like))), TOKENS], 1)
+
+
+def kept_of(model, params, like):
+    """The keys and values that the model itself makes of the tokens `like`."""
+    cache = model.init_cache(1, len(like))
+    _, cache = model.apply({"params": params}, like[None], cache=cache, method="hidden")
+    return prefix_kv.KeptColumns(*(x[:, 0].reshape(x.shape[0], len(like), -1) for x in cache["kv"]))
+
+
+def test_kept_keys_and_values_are_the_tokens_they_were_made_of():
+    model, params, apply = llama()
+    like = jnp.array([5, 9, 2])
+    frozen, trained = prefix_kv.make(params, 3, layouts=stacks(params))
+    assert size(trained) == 2 * 3 * 3 * 8  # two key heads of four, three layers and columns
+    own = kept_of(model, params, like)
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, trained)
+    read = jlora.lift(reading(model, frozen, own).apply, strict=True)
+    run = jax.jit(lambda t, tokens, mask: read({"params": jlora.combine(frozen, t)}, tokens, mask=mask))
+    np.testing.assert_allclose(run(own, TOKENS, None), apply(params, joined(like))[:, 3:], atol=1e-5)
+    padded = jnp.pad(TOKENS, ((0, 0), (2, 0)))
+    got = run(own, padded, jnp.broadcast_to(jnp.arange(9) >= 2, (2, 9)))[:, 2:]
+    np.testing.assert_allclose(got, apply(params, joined(like))[:, 3:], atol=1e-5)
+    grads = jax.grad(lambda t: jnp.sum(run(t, TOKENS, None) ** 2))(trained)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match=r"keys and values in 3 layers, which is no weight"):
+        jlora.merge(frozen, trained)
+    loop = llama(False)[1]
+    assert prefix_kv.make(loop, 3)[1].keys.shape == trained.keys.shape
+    gpt = {"h": {"attn": {"c_attn": {"kernel": jnp.ones((4, 6, 18))}}}}
+    assert prefix_kv.make(gpt, 2, layouts={"c_attn": "sio"})[1].keys.shape == (4, 2, 6)
+
+
+def test_generation_after_kept_keys_and_values():
+    model, params, _ = llama()
+    params = jax.tree.map(lambda x: 3 * x, params)
+    like = jnp.array([5, 9, 2])
+    kept = kept_of(model, params, like)
+    read, tuned = reading(model, params, kept), jlora.combine(params, kept)
+    config = GenerateConfig(max_new_tokens=5, beams=2, end=(3,))
+    got = generate(read, tuned, np.asarray(TOKENS), np.ones(TOKENS.shape, bool), config)
+    whole = np.asarray(joined(like))
+    assert got == generate(model, params, whole, np.ones(whole.shape, bool), config)
+    assert got != generate(model, params, np.asarray(TOKENS), np.ones(TOKENS.shape, bool), config)
+
+
 def test_refusals():
-    _, params, _ = llama()
+    model, params, _ = llama()
+    frozen, trained = together(params, lambda p: prefix.embedding(p, 2), lambda p: prefix.layer(p, 3))
+    with pytest.raises(ValueError, match=r"prefixes of \[2, 3\] columns"):
+        reading(model, frozen, trained)
+    frozen, trained = prefix.embedding(params, 2)
+    packed = jlora.lift(reading(model, frozen, trained).apply)
+    with pytest.raises(ValueError, match="packed examples cannot"):
+        packed({"params": jlora.combine(frozen, trained)}, TOKENS, segment_ids=jnp.ones_like(TOKENS))
+
     with pytest.raises(ValueError, match="table='x' is no embedding"):
         prefix.embedding(params, 2, table="x")
     with pytest.raises(ValueError, match="like has 1 ids for 2"):
