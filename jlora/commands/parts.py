@@ -64,15 +64,14 @@ def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Ca
 
     start: the trained tree before the first step. P-tuning's network is replaced by what it gives.
     """
-    settings = named.lora_config(what) if isinstance(what, named.MethodConfig) else what
-    changed = not config.adapter and settings.init_lora_weights in CHANGES_BASE
-    if changed:
-        grown = 2**0.5 if settings.use_rslora else 2
-        settings = dataclasses.replace(settings, r=2 * settings.r, lora_alpha=grown * settings.lora_alpha)
+    changed = isinstance(what, named.MethodConfig) and named.lora_config(what).init_lora_weights in CHANGES_BASE
+    if isinstance(what, named.MethodConfig) and changed:
+        grown = 2**0.5 if named.lora_config(what).use_rslora else 2
+        what = dataclasses.replace(what, rank=2 * what.rank, alpha=grown * what.alpha)
 
     def save(folder: Path, trained: Any, card: dict[str, Any] | None = None) -> Path:
-        plain = on_plain_base(trained, start) if changed else trained
-        return save_adapter(folder, base, settle(plain), settings if changed else what, card=card)
+        plain = on_plain_base(trained, start) if changed and not config.adapter else trained
+        return save_adapter(folder, base, settle(plain), what, card=card)
 
     return save
 
