@@ -75,6 +75,8 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=True, remat=remat)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     layouts = {t.path: "sio" for t in kind.hf_tensors(config) if t.layer is not None and t.path.endswith("/kernel")}
+    if plan.method == "qlora" and devices is not None:  # to compile: the formulas count from the plain tree
+        params = jlora.quantise(params, "nf4", layouts=layouts)
     if plan.method == "full":
         frozen, trained = jax.tree.map(lambda _: None, params), params
     else:

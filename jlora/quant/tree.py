@@ -53,9 +53,9 @@ def planned(
     params: Any, targets: Targets = "all-linear", exclude: Targets = (), layouts: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """{path: layout} of the weights that `quantise` would quantise."""
-    leaves = {path: leaf for path, leaf in paths(params, is_implicit).items() if not is_implicit(leaf)}
+    leaves = paths(params, is_implicit)
     chosen = targeted(LoraConfig(target_modules=targets, exclude_modules=exclude), leaves, layouts)
-    return {path: letters_of(path, leaves[path], layouts) for path in chosen}
+    return {path: letters_of(path, leaves[path], layouts) for path in chosen if not is_implicit(leaves[path])}
 
 
 def encoded(w: Any, layout: str, path: str, scheme: Any) -> QuantisedLeaf:
@@ -74,16 +74,20 @@ def encoded(w: Any, layout: str, path: str, scheme: Any) -> QuantisedLeaf:
 @functools.partial(jax.jit, static_argnames=("layout", "scheme"))
 def encode(w: Any, layout: str, scheme: Any) -> QuantisedLeaf:
     """The leaf of `w`, its matrices in turn."""
-    s_axes, i_axes, o_axes = (axes_of(layout, letter) for letter in "sio")
-    order = (*s_axes, *i_axes, *o_axes)
-    stacked, sizes = tuple(w.shape[ax] for ax in s_axes), tuple(w.shape[ax] for ax in (*i_axes, *o_axes))
-    rows = math.prod(w.shape[ax] for ax in i_axes)
-    matrices = jnp.transpose(w, order).reshape(*stacked, rows, -1)
+    matrices, rows, order, sizes = canonical(w, layout)
     one: Callable[[Any], Any] = lambda m: scheme.encode(m.astype(jnp.float32))
-    for _ in stacked:
+    for _ in range(matrices.ndim - 2):
         one = functools.partial(jax.lax.map, one)
-    leaf = QuantisedLeaf(one(matrices), scheme, rows, jnp.dtype(w.dtype), len(stacked), layout=layout)
+    leaf = QuantisedLeaf(one(matrices), scheme, rows, jnp.dtype(w.dtype), matrices.ndim - 2, layout=layout)
     return placed(leaf, order, sizes)
+
+
+def canonical(w: Any, layout: str) -> tuple[jax.Array, int, tuple[int, ...], tuple[int, ...]]:
+    """(w as matrices [*stack, i, o], i, and what `placed` takes: w's axes in that order, the sizes of all but s)."""
+    s_axes, i_axes, o_axes = (axes_of(layout, letter) for letter in "sio")
+    order, sizes = (*s_axes, *i_axes, *o_axes), tuple(w.shape[ax] for ax in (*i_axes, *o_axes))
+    rows = math.prod(w.shape[ax] for ax in i_axes)
+    return jnp.transpose(w, order).reshape(*(w.shape[ax] for ax in s_axes), rows, -1), rows, order, sizes
 
 
 def placed(leaf: QuantisedLeaf, order: tuple[int, ...], sizes: tuple[int, ...]) -> QuantisedLeaf:
