@@ -116,9 +116,9 @@ def reading(model: Any, frozen: Any, trained: Any) -> Any:
         raise ValueError("keys and values of a prefix need a decoder, with no other prefix beside them")
     if kept:
         return Filled(model, kept[0])
-    sizes = {jax.eval_shape(entry.settled).rows.shape[0] for entry in rows.values()}
+    sizes = {jax.eval_shape(entry.settled).rows.shape[0] - entry.infix for entry in rows.values()}
     sizes |= {entry.prefix.shape[entry.axes.index(RANK)] for entry in layers}
-    if not sizes:
+    if not sizes or sizes == {0}:
         return model
     if len(sizes) > 1 or len(rows) > 1:
         raise ValueError(f"prefixes of {sorted(sizes)} columns in one model: they must be of one length")

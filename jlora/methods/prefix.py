@@ -96,14 +96,16 @@ class PrefixLeaf(FollowingLeaf):
         return True
 
     def before(self, x: Any, product: Product) -> Any:
-        """Columns: the last axis of x that is not summed. An input no longer than the prefix is a step of a cache."""
+        """Columns: the last axis of x that is not summed. An input no longer than the prefix is a step of a cache, and
+        one without a batch axis a table of the model's own (DeBERTa's relative positions): both stay as they are.
+        """
         prefix, labels = self.beside["prefix"], self.labels("prefix")
         inputs = tuple(ax for ax in labels if ax in product.summed)
         free = [n for n, ax in enumerate(product.x) if ax >= self.ndim]
         if set(product.summed) != set(inputs) or not inputs or not free:
             return NotImplemented
         at, n = free[-1], prefix.shape[labels.index(RANK)]
-        if x.shape[at] <= n:
+        if x.shape[at] <= n or len(free) == 1:
             return x
         wanted = tuple(RANK if m == at else ax for m, ax in enumerate(product.x))
         order = sorted(range(len(labels)), key=lambda m: wanted.index(labels[m]))
@@ -122,10 +124,12 @@ class PrefixRows(Adapter):
     """Trained embeddings [n, d] for the ids past an embedding's last, as they are or as a network's outputs.
 
     network: {"first" [e, h], "second" [h, d]}: rows [n, e] go through tanh(rows · first) · second, or None.
+    infix: how many of the rows, the last ones, are not put before the tokens but stand among them.
     """
 
     rows: Any
     network: Any = None
+    infix: int = dataclasses.field(default=0, metadata={"static": True})
 
     mergeable: ClassVar[bool] = False
 
@@ -133,13 +137,14 @@ class PrefixRows(Adapter):
         if self.network is None:
             return self
         first, second = self.network["first"], self.network["second"]
-        return PrefixRows(jnp.tanh(self.rows @ first) @ second)
+        return PrefixRows(jnp.tanh(self.rows @ first) @ second, None, self.infix)
 
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> LongerTable:
         return LongerTable(w, self.settled().rows, path)
 
     def describe(self) -> str:
-        return f"{self.rows.shape[0]} virtual tokens"
+        inside = f", {self.infix} of them inside the text" if self.infix else ""
+        return f"{self.rows.shape[0]} virtual tokens{inside}"
 
 
 @jax.tree_util.register_dataclass
@@ -170,10 +175,14 @@ def embedding(
     table: str | None = None,
     like: Any = None,
     hidden: int | None = None,
+    infix: int = 0,
     dtype: Any = jnp.float32,
     key: Any = None,
 ) -> tuple[Any, Any]:
     """(frozen, trained): n trained embeddings at the ids v .. v + n - 1 of the embedding [v, d] at path `table`.
+
+    The first n - infix are the prefix; the last `infix` ids are for the caller to place in the text, after the prompt
+    in the paper.
 
     table: found by its name if there is one embedding. like: i32 [n], ids whose embeddings they start as; rows drawn
     at random if not given. hidden: P-tuning's network of that width between (`settle` ends it).
@@ -186,8 +195,8 @@ def embedding(
             f"table={table!r} is no embedding [v, d]: name it by its path ({', '.join(list(leaves)[:4])}, ...)"
         )
     w = leaves[table]
-    if n < 1:
-        raise ValueError(f"{n} virtual tokens: at least 1 is needed")
+    if n < 1 or not 0 <= infix <= n:
+        raise ValueError(f"{n} virtual tokens, {infix} inside the text: at least 1, and of them at most all inside")
     if like is None:
         like = jax.random.choice(leaf_key(key, table), w.shape[0], (n,), replace=n > w.shape[0])
     if len(like) != n:
@@ -198,7 +207,7 @@ def embedding(
         ones = jax.random.split(leaf_key(key, f"{table} network"))
         draw = lambda k, m, o: (jax.random.normal(k, (m, o)) / m**0.5).astype(dtype)
         network = {"first": draw(ones[0], w.shape[1], hidden), "second": draw(ones[1], hidden, w.shape[1])}
-    return plant(params, {table: (w, PrefixRows(rows, network))})
+    return plant(params, {table: (w, PrefixRows(rows, network, infix))})
 
 
 def layer(

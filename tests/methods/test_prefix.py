@@ -11,6 +11,7 @@ from jlora.generate import GenerateConfig, generate, pad_left
 from jlora.methods import prefix, prefix_kv
 from jlora.methods.columns import reading
 from jlora.methods.together import together
+from jlora.models.deberta import Deberta, DebertaConfig
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama
 from jlora.tree import size
@@ -151,25 +152,30 @@ def beams_without_cache(scores, prompt, k):
     return held[0][1]
 
 
-@pytest.mark.parametrize("how", ["embedding", "layer"])
+@pytest.mark.parametrize("how", ["embedding", "infix", "layer"])
 def test_generation_reads_the_prefix(how):
     """Greedy and beam search through the cache, prompts padded together, equal whole sequences one at a time."""
     model, params, apply = llama()
     params = jax.tree.map(lambda x: 6 * x if x.ndim > 2 else x, params)  # distributions with clear winners
-    frozen, trained = prefix.embedding(params, N) if how == "embedding" else prefix.layer(params, N)
+    infix = 2 if how == "infix" else 0
+    frozen, trained = prefix.layer(params, N) if how == "layer" else prefix.embedding(params, N + infix, infix=infix)
     tuned = jlora.combine(frozen, jitter(trained, 0.5))
     read = reading(model, frozen, trained)
-    step, first = (1, V) if how == "embedding" else (0, 0)
+    step, first = (0, 0) if how == "layer" else (1, V)
+    prompts = [[*prompt, *range(V + N, V + N + infix)] for prompt in PROMPTS]  # after the prompt, as in the paper
     run = jax.jit(jlora.lift(prefix.with_prefix(apply, N, first, step=step), strict=True))
 
     def scores(tokens):
-        padded = jnp.zeros((1, 12), int).at[0, : len(tokens)].set(jnp.array(tokens))
-        return run(tuned, padded, jnp.arange(12)[None] < len(tokens))[0, len(tokens) - 1]
+        padded = jnp.zeros((1, 14), int).at[0, : len(tokens)].set(jnp.array(tokens))
+        return run(tuned, padded, jnp.arange(14)[None] < len(tokens))[0, len(tokens) - 1]
 
     for k in (1, 3):
-        got = generate(read, tuned, *pad_left(PROMPTS, 4), GenerateConfig(max_new_tokens=NEW, beams=k))
-        assert got == [beams_without_cache(scores, prompt, k) for prompt in PROMPTS]
-    assert got != generate(model, params, *pad_left(PROMPTS, 4), GenerateConfig(max_new_tokens=NEW, beams=3))
+        if how == "infix" and k > 1:
+            continue
+        got = generate(read, tuned, *pad_left(prompts, 4), GenerateConfig(max_new_tokens=NEW, beams=k))
+        assert got == [beams_without_cache(scores, prompt, k) for prompt in prompts]
+    plain = generate(model, params, *pad_left(PROMPTS, 4), GenerateConfig(max_new_tokens=NEW, beams=k))
+    assert got != plain and not any(token >= V for row in got for token in row)
 
 
 def test_fused_projection_takes_a_layer_prefix():
@@ -236,6 +242,23 @@ def test_generation_after_kept_keys_and_values():
     assert got != generate(model, params, np.asarray(TOKENS), np.ones(TOKENS.shape, bool), config)
 
 
+def test_relative_positions_of_deberta_are_no_columns():
+    """Its keys' weight also multiplies a table of positions: the prefix of real activations repeats the model."""
+    sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    config = DebertaConfig(**sizes, num_attention_heads=2, position_buckets=4, share_att_key=True, norm_rel_ebd=True)
+    model = Deberta(config, scan_layers=False)
+    real = jnp.concatenate([jnp.array([[5, 9, 2]]), TOKENS[:1]], 1)
+    params = jitter(model.init(KEY, real)["params"])
+    keep = lambda module, _: module.name == "embeddings"
+    _, seen = model.apply({"params": params}, real, capture_intermediates=keep)
+    (inputs,) = seen["intermediates"]["embeddings"]["__call__"]
+    frozen, trained = prefix.layer(params, N)
+    own = jax.tree.map(lambda x: inputs[0, :N], trained)
+    run = jlora.lift(lambda p, t: model.apply({"params": p}, t), strict=True)
+    got = run(jlora.combine(frozen, own), real.at[:, :N].set(1))[:, N:]
+    np.testing.assert_allclose(got, model.apply({"params": params}, real)[:, N:], atol=1e-5)
+
+
 def test_refusals():
     model, params, _ = llama()
     frozen, trained = together(params, lambda p: prefix.embedding(p, 2), lambda p: prefix.layer(p, 3))
@@ -252,5 +275,7 @@ def test_refusals():
         prefix.embedding(params, 2, like=jnp.array([1]))
     with pytest.raises(ValueError, match="0 virtual tokens"):
         prefix.embedding(params, 0)
+    with pytest.raises(ValueError, match="2 virtual tokens, 3 inside"):
+        prefix.embedding(params, 2, infix=3)
     with pytest.raises(ValueError, match="side by side"):
         prefix.layer({"a": {"k_proj": {"kernel": jnp.ones((2, 2))}}, "b": {"v_proj": {"kernel": jnp.ones((2, 2))}}}, 2)
