@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 import tyro
@@ -26,6 +29,9 @@ COMMANDS = {
     "demo": ("jlora.demo", "DemoConfig", "demo"),
 }
 """Name: (module, dataclass of its settings, function of them). A module is imported when its command runs."""
+
+SEVERAL = ("train", "doctor")
+"""Commands that run as one program on several hosts."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -51,14 +57,45 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"jlora {name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     try:
-        result = getattr(loaded, function)(config)
+        with joined(name) as first:
+            result = getattr(loaded, function)(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"jlora {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    if result is not None:
+    if result is not None and first:
         print(json.dumps(result) if as_json else table(result))
+
+
+@contextmanager
+def joined(name: str) -> Iterator[bool]:
+    """The run joined to its other processes, if `name` is a command of several; whether this is the first of them,
+    the only one that speaks. Ends the process with 143 (to be started again) where another one was lost.
+    """
+    import jax
+
+    from jlora import distributed
+
+    if name not in SEVERAL or not distributed.launcher():
+        yield True
+        return
+    distributed.start()
+    first, stderr = jax.process_index() == 0, sys.stderr
+    try:
+        with nullcontext() if first else redirect_stderr(io.StringIO()):
+            yield first
+    except jax.errors.JaxRuntimeError as error:
+        told = " ".join(str(error).split())
+        if not distributed.LOST.search(told):
+            raise
+        print(
+            f"jlora {name}: process {jax.process_index()}: another process of the run is gone ({told[:200]}): "
+            "start all of them again with --resume",
+            file=stderr,
+            flush=True,
+        )
+        os._exit(143)  # the usual way out waits for the lost one
 
 
 def parse(cls: Any, args: Sequence[str], prog: str) -> Any:

@@ -176,11 +176,12 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def split_batch(batch: Mapping[str, Any], mesh: Mesh, labels: int = 0) -> dict[str, Any]:
     """A batch of `data.collate` (or of packed rows) with a leading axis of `batch_shards(mesh)` parts: what is [b, s]
     becomes [n, b/n, s], what is one a label [n, l'], with `positions` and `example` counted within the part.
 
-    A global position would send every hidden state to every device. Raises ValueError if the rows do not divide.
+    A global position would send every hidden state to every device. labels: l' is at least this, and at least l/n,
+    so that it seldom changes. Raises ValueError if the rows do not divide.
     """
     n = batch_shards(mesh)
     rows, length = batch["tokens"].shape
@@ -189,7 +190,8 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     span = rows // n * length
     owner, used = np.asarray(batch["positions"]) // span, np.asarray(batch["weights"]) != 0
     chosen = [np.flatnonzero(used & (owner == part)) for part in range(n)]
-    size = -(-max(1, *map(len, chosen)) // 8) * 8  # a few shapes, so a few compilations
+    least = max(labels, -(-len(used) // n))
+    size = max(least, -(-max(map(len, chosen)) // 8) * 8)  # a few shapes, so a few compilations
     out: dict[str, Any] = {}
     for name, array in batch.items():
         if array.ndim == 2:
@@ -204,6 +206,14 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
                 mine = np.unique(mine, return_inverse=True)[1]
             out[name][part, : len(which)] = mine
     return out
+
+
+def own_rows(rows: int, mesh: Mesh) -> set[int]:
+    """Which of a batch's `rows` rows lie on this process's devices."""
+    n = batch_shards(mesh)
+    parts = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((n,))
+    held = {part for (where,) in parts.values() for part in range(n)[where]}  # pyright: ignore[reportOptionalMemberAccess, reportGeneralTypeIssues]
+    return {part * (rows // n) + row for part in held for row in range(rows // n)}
 
 
 def batch_specs(batch: Any) -> Any:

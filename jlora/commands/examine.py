@@ -38,7 +38,8 @@ class Examiner:
     def ask(self, tests: list[Any], rows: list[Row], stop: Stop) -> None:
         """The held-out examples, and their rows."""
         self.testing, self.stop = self.task.testing(tests) if tests else None, stop
-        alone = self.task.asked(rows)
+        # answers are written by one process, which does not hold the whole model where there are more
+        alone = self.task.asked(rows) if jax.process_count() == 1 else []
         self.shown = alone[: self.config.samples]
         if self.config.metrics and self.task.head is None:
             self.asked = dict(list(questions(alone).items())[: self.config.metric_rows])

@@ -92,13 +92,12 @@ def tokens_of(rows: list[Row], base: Pretrained, config: TrainConfig, name: str)
     return examples
 
 
-def batches_of(config: TrainConfig, examples: list[Example], steps: int) -> BatchSource:
-    """The order of batches: by buckets of length, or packed."""
+def batches_of(config: TrainConfig, examples: list[Example], steps: int, own: Any = None) -> BatchSource:
+    """The order of batches: by buckets of length, or packed. own: the rows this process fills; None: all."""
+    how: dict[str, Any] = {"seed": config.seed, "steps": steps, "accumulate": config.accumulate, "own": own}
     if config.packing:
-        how = {"seed": config.seed, "steps": steps, "accumulate": config.accumulate}
         return PackedSource(examples, config.batch, config.max_length, **how)
-    lengths = bucket_lengths(examples, config.buckets)
-    return BatchSource(examples, config.batch, lengths, seed=config.seed, steps=steps, accumulate=config.accumulate)
+    return BatchSource(examples, config.batch, bucket_lengths(examples, config.buckets), **how)
 
 
 def objective(config: TrainConfig, base: Pretrained) -> Any:

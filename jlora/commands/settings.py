@@ -116,6 +116,8 @@ class TrainConfig:
     """Keep the base's linear weights in 8 or 4 bits (with an adapter: QLoRA)."""
     remat: Literal["none", "full", "dots"] = "dots"
     """Compute activations again in the backward pass (all, or all but products of matrices): less memory, more time."""
+    mesh: str = ""
+    """How devices share the work: "fsdp=4,tensor=2" of data, fsdp, tensor, sequence, expert; if not given, fsdp."""
     seed: int = 0
     eval_every: int = 0
     """Steps between evaluations; 0: before and after only."""
@@ -141,7 +143,7 @@ class TrainConfig:
     """Show settings, trainable table, sizes and the first example; read no weights, train nothing."""
 
 
-RUN_ONLY = ("output", "resume", "save_every", "eval_every", "samples", "dry_run", "force", "track")
+RUN_ONLY = ("output", "mesh", "resume", "save_every", "eval_every", "samples", "dry_run", "force", "track")
 RUN_ONLY += ("metrics", "metric_rows", "max_new_tokens")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 

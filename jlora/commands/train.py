@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import jlora
 from jlora.commands.data import statistics
 from jlora.commands.dry import describe
 from jlora.commands.examine import Examiner
+from jlora.commands.folder import run_folder
 from jlora.commands.html import write_page
 from jlora.commands.parts import keeper, made_by, optimiser_of, rows_of
 from jlora.commands.report import picture, write_json
@@ -19,6 +23,8 @@ from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, sav
 from jlora.commands.tasks import Answers, task_of
 from jlora.commands.watch import Watch
 from jlora.data import Row, split_rows
+from jlora.distributed import on_every_host, stopper
+from jlora.io import Pretrained
 from jlora.io.lock import claim, release
 from jlora.train import Checkpoints, TrainState, fit, init_state, make_train_step
 from jlora.train.loop import Stop, on_sigterm
@@ -40,10 +46,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
     base = task.load()
     examples = task.examples(train_rows, base, config.data)
     tests = task.examples(test_rows, base, config.eval_data or "held out") if test_rows else []
-    what, make = made_by(config, base, task.whole)
     if config.dry_run:
-        return describe(config, task, base, make, examples, tests)
-    out = Path(config.output)
+        return describe(config, task, base, made_by(config, base, task.whole)[1], examples, tests)
+    with run_folder(config.output) as out:
+        return train_in(out, config, task, base, examples, tests, train_rows, test_rows)
+
+
+def train_in(
+    out: Path,
+    config: TrainConfig,
+    task: Answers,
+    base: Pretrained,
+    examples: list[Any],
+    tests: list[Any],
+    train_rows: list[Row],
+    test_rows: list[Row],
+) -> dict[str, Any]:
+    """`train` once everything is read, writing into `out`."""
+    what, make = made_by(config, base, task.whole)
     claim(out)
     save_settings(dataclasses.replace(config, resume=False), out / "settings.yaml")
     frozen, lora = make(base.params)
@@ -51,14 +71,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     keep = keeper(config, base, what, lora)
 
     def save(folder: Path, trained: Any, card: dict[str, Any] | None = None) -> Path:
-        keep(folder, trained, card)
+        keep(folder, on_every_host(trained), card)
         task.beside(folder)
         return folder
 
-    examiner = Examiner(config, task, base, frozen, lora)
-    with on_sigterm() as stop:
+    examiner = Examiner(config, task, base, task.spread.tree(frozen), task.spread.tree(lora))
+    first = jax.process_index() == 0
+    mine = dataclasses.replace(config, output=str(out), track=config.track if first else ())
+    with on_sigterm() if jax.process_count() == 1 else nullcontext(stopper()) as stop:
         examiner.ask(tests, test_rows, stop)
-        report = run(config, task, examiner, save, examples)
+        report = run(config, task, examiner, lora, lambda step: Watch(mine, step, save), examples)
     card = {"data": config.data, "steps": report["step"]}
     if "after" in report:
         card |= {f"held-out {name}": f"{value:.4g}" for name, value in report["after"].items()}
@@ -90,16 +112,18 @@ def run(
     config: TrainConfig,
     task: Answers,
     examiner: Examiner,
-    save: Callable[..., Path],
+    lora: Any,
+    watching: Callable[[int], Watch],
     examples: list[Any],
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate. Returns {before, after, samples, pace, step, trained (the tree), records}."""
     steps, source = task.steps(examples), task.training(examples, task.steps(examples))
     tx = optimiser_of(config, steps)
-    step = make_train_step(task.objective(examiner.tuned), tx, seed=config.seed, accumulate=config.accumulate)
+    sums = task.objective(examiner.tuned)
+    step = task.spread.step(make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate))
     batches = source.iterator()
-    checkpoints, state = opened(config, task.digest(examples), init_state(examiner.lora, tx), batches)
-    watch = Watch(config, int(state.step), save)
+    checkpoints, state = opened(config, task.digest(examples), task.spread.state(init_state(lora, tx)), batches)
+    watch = watching(int(state.step))
 
     def after(state: TrainState, stop: Stop) -> bool:
         number = int(state.step)
@@ -129,20 +153,25 @@ def run(
         report["after"] = examiner.full("after", state.trained)
         if config.eval_every:
             if watch.best.better(number, report["after"]["loss"]):
-                save(watch.out / "best", state.trained, {"step": number})
+                watch.save(watch.out / "best", state.trained, {"step": number})
             report["best"] = {"step": watch.best.step, "loss": watch.best.loss}
     texts = examiner.answers_now(state.trained)
     watch.sampled(number, examiner.shown, texts)
     for row, text in zip(examiner.shown, texts, strict=True):
         say(f"{row.prompt!r}\n  writes {text!r} (want {row.completion!r})")
     watch.tracker.close()
-    return {**report, "samples": watch.samples(), "trained": state.trained, "records": watch.metrics.read()}
+    return {
+        **report,
+        "samples": watch.samples(),
+        "trained": on_every_host(state.trained),
+        "records": watch.metrics.read(),
+    }
 
 
 def opened(config: TrainConfig, data: int, state: TrainState, batches: Any) -> tuple[Checkpoints, TrainState]:
     """(checkpoints, state): the state to go on from where the run is resumed, and `batches` put there too."""
     identity = {**run_identity(config), "data_digest": data}
-    checkpoints = Checkpoints(Path(config.output) / "checkpoints", identity)
+    checkpoints = Checkpoints(f"{config.output}/checkpoints", identity)
     loose = [name for name in identity if name not in FIXED] if config.force else []
     found = checkpoints.restore(state, allow=loose) if config.resume else None
     if found is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,20 @@ def label_count(example: Example) -> int:
     return int(example.loss_mask[1:].sum())
 
 
-def collate(examples: Sequence[Example], batch: int, length: int, labels: int, pad: int = 0) -> Batch:
+def collate(
+    examples: Sequence[Example],
+    batch: int,
+    length: int,
+    labels: int,
+    pad: int = 0,
+    own: Container[int] | None = None,
+) -> Batch:
     """One batch: tokens i32 [b, s] and mask bool [b, s] (True: real), right-padded, and the label positions
     positions i32 [l] into the flattened [b * s], labels i32 [l] (the token to be written next), weights f32 [l], and
     example i32 [l], which of the batch's examples a label belongs to.
 
-    The head is computed at `positions` only. Slots with no label have weight 0. Raises ValueError where it cannot fit.
+    The head is computed at `positions` only. Slots with no label have weight 0. own: the rows that are filled; the
+    others are another process's. Raises ValueError where it cannot fit.
     """
     total = sum(map(label_count, examples))
     if len(examples) > batch or total > labels or any(len(e.tokens) > length for e in examples):
@@ -46,6 +54,8 @@ def collate(examples: Sequence[Example], batch: int, length: int, labels: int, p
     }
     start = 0
     for n, example in enumerate(examples):
+        if own is not None and n not in own:
+            continue
         size = len(example.tokens)
         out["tokens"][n, :size] = example.tokens
         out["mask"][n, :size] = True
@@ -64,6 +74,7 @@ class BatchSource:
 
     Examples of one bucket make a batch, so the step compiles once a bucket. `accumulate` > 1 stacks that many
     batches on a leading axis: [accumulate, ...]. `steps` None: one pass in the given order (evaluation), unshuffled.
+    `own`: rows of a batch that are filled; the order stays everybody's.
     """
 
     def __init__(
@@ -76,11 +87,12 @@ class BatchSource:
         steps: int | None = None,
         accumulate: int = 1,
         pad: int = 0,
+        own: Container[int] | None = None,
     ):
         if not examples:
             raise ValueError("there are no examples to make batches of")
         self.examples, self.batch, self.lengths = examples, batch, sorted(lengths)
-        self.seed, self.steps, self.accumulate, self.pad = seed, steps, accumulate, pad
+        self.seed, self.steps, self.accumulate, self.pad, self.own = seed, steps, accumulate, pad, own
         sizes = np.array([len(example.tokens) for example in examples])
         if sizes.max() > self.lengths[-1]:
             raise ValueError(f"an example of {sizes.max()} tokens is longer than the longest bucket {self.lengths[-1]}")
@@ -105,7 +117,7 @@ class BatchSource:
     def collated(self, chosen: np.ndarray, bucket: int) -> Batch:
         """One device step's batch of the examples with these numbers."""
         examples = [self.examples[i] for i in chosen]
-        return collate(examples, self.batch, self.lengths[bucket], self.labels[bucket], self.pad)
+        return collate(examples, self.batch, self.lengths[bucket], self.labels[bucket], self.pad, self.own)
 
     @property
     def shapes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,11 @@ def pack(sizes: Sequence[int], order: Sequence[int], length: int) -> list[list[i
     return rows
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], length: int, labels: int, pad: int = 0) -> Batch:
+def collate_packed(
+    rows: Sequence[Sequence[Example]], length: int, labels: int, pad: int = 0, own: Container[int] | None = None
+) -> Batch:
     """One batch as `collate` makes, with segments i32 [b, s] (1, 2, ... by example, 0: padding) and places i32 [b, s]
-    (the position of a token in its own example). Raises ValueError where it cannot fit.
+    (the position of a token in its own example); own: as there. Raises ValueError where it cannot fit.
     """
     shape = (len(rows), length)
     out: Batch = {name: np.zeros(shape, np.int32) for name in ("segments", "places")}
@@ -42,6 +44,8 @@ def collate_packed(rows: Sequence[Sequence[Example]], length: int, labels: int, 
     out["example"][:] = labels
     start = number = 0
     for r, row in enumerate(rows):
+        if own is not None and r not in own:
+            continue
         at = 0
         for segment, example in enumerate(row, start=1):
             size, where = len(example.tokens), np.flatnonzero(example.loss_mask[1:])
@@ -81,7 +85,7 @@ class PackedSource(BatchSource):
         parts = []
         for n in range(0, self.rows, self.batch):
             chosen = [[self.examples[i] for i in row] for row in rows[n : n + self.batch]]
-            parts.append(collate_packed(chosen, self.lengths[-1], self.slots, self.pad))
+            parts.append(collate_packed(chosen, self.lengths[-1], self.slots, self.pad, self.own))
         if self.accumulate == 1:
             return parts[0]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jlora.train.step import TrainState
 
@@ -21,7 +22,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any], keep: int = 2):
-        self.folder = Path(folder).absolute()
+        self.folder = epath.Path(folder).absolute()  # gs:// too
         self.run = json.loads(json.dumps(run))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)

@@ -89,10 +89,11 @@ def fit(
             done = after(state, stop)
         except Interrupted:
             done = True
-        ends = done or stop() or number == steps
+        told = stop()
+        ends = done or told or number == steps
         if checkpoints and (ends or (save_every and number % save_every == 0)):
             checkpoints.save(state, batches.get_state())
-        if stop():
+        if told:
             if checkpoints:
                 checkpoints.close()
             raise Interrupted

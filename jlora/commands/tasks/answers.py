@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jlora.commands.parts import batches_of, objective
 from jlora.commands.settings import TrainConfig, say, scheme
+from jlora.commands.spread import Spread, spread_of
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
-from jlora.io import Pretrained, load
+from jlora.io import Pretrained
 from jlora.train import evaluate, make_eval_step
 from jlora.train.loop import Stop
 
@@ -27,18 +28,20 @@ class Answers:
 
     head: str | None = None
     labels: int | None = None
+    spreads: bool = True
+    """Whether its batches can be split over devices."""
     whole: tuple[str, ...] = ()
     """Modules that train whole."""
 
     def __init__(self, config: TrainConfig):
-        self.config, self.cut = config, 0
+        self.config, self.cut, self.spread = config, 0, Spread()
 
     def load(self) -> Pretrained:
         """The model as the settings want it."""
         c = self.config
-        kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "remat": REMAT[c.remat], "weights": not c.dry_run}
-        kinds["quantise"] = scheme(c.quantise)
-        base = load(c.model, **kinds, head=self.head, labels=self.labels)
+        kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "remat": REMAT[c.remat]}
+        kinds |= {"quantise": scheme(c.quantise), "head": self.head, "labels": self.labels}
+        base, self.spread = spread_of(c, kinds, self.spreads)
         if base.tokenizer is None:
             raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
         return base
@@ -60,18 +63,19 @@ class Answers:
         return examples
 
     def training(self, examples: list[Any], steps: int) -> BatchSource:
-        return batches_of(self.config, examples, steps)
+        return batches_of(self.config, examples, steps, self.spread.own(self.config.batch))
 
     def testing(self, examples: list[Any]) -> BatchSource:
         """All of them once, in order."""
-        return BatchSource(examples, self.config.batch, bucket_lengths(examples, self.config.buckets))
+        c, own = self.config, self.spread.own(self.config.batch)
+        return BatchSource(examples, c.batch, bucket_lengths(examples, c.buckets), own=own)
 
     def objective(self, base: Pretrained) -> Any:
         """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
-        return objective(self.config, base)
+        return self.spread.sums(objective(self.config, base))
 
     def judge(self, base: Pretrained) -> Judge:
-        step = make_eval_step(self.objective(base))
+        step = self.spread.step(make_eval_step(self.objective(base)))
 
         def judge(trained: Any, frozen: Any, batches: BatchSource, stop: Stop, progress: Any) -> dict[str, float]:
             return self.named(evaluate(step, trained, frozen, watched(batches, progress), stop))

@@ -28,6 +28,8 @@ CLASSES = "classes.json"
 class Labels(Answers):
     """Sentences and pairs of sentences with a class or a number, by an encoder's head, which trains whole."""
 
+    spreads = False
+
     def __init__(self, config: TrainConfig, rows: Sequence[Row]):
         super().__init__(config)
         held = Path(config.adapter or "", CLASSES)

@@ -1,0 +1,92 @@
+"""A run over the devices there are: where weights, state and batches lie. On one device nothing is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora import sharding
+from jlora.commands.settings import TrainConfig
+from jlora.io import Pretrained, load
+from jlora.train import TrainState
+from jlora.tree import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The mesh, None for one device, and the layouts of the model's weights."""
+
+    mesh: Any = None
+    layouts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sums(self, sums: Callable[..., Any]) -> Callable[..., Any]:
+        """The objective over split batches."""
+        return sums if self.mesh is None else sharding.over_batch(sums, self.mesh)
+
+    def tree(self, tree: Any) -> Any:
+        """Weights or a trained tree, laid out."""
+        if self.mesh is None:
+            return tree
+        return sharding.place(tree, sharding.specs(tree, self.layouts, self.mesh), self.mesh)
+
+    def state(self, state: TrainState) -> TrainState:
+        """The train state; the optimiser's arrays follow what they are of."""
+        if self.mesh is None:
+            return state
+        trained = sharding.specs(state.trained, self.layouts, self.mesh)
+        follow = sharding.like(state.opt_state, state.trained, trained)
+        return sharding.place(state, TrainState(trained, follow, PartitionSpec()), self.mesh)  # pyright: ignore[reportArgumentType]
+
+    def batch(self, batch: Mapping[str, Any]) -> Any:
+        """A batch of the data's, split and laid out; each process puts in its own rows."""
+        if self.mesh is None:
+            return batch
+        mesh, many = self.mesh, np.ndim(batch["tokens"]) == 3  # a leading axis of batches to accumulate
+        micro = [{name: x[n] for name, x in batch.items()} for n in range(len(batch["tokens"]))] if many else [batch]
+        split = [sharding.split_batch(one, mesh) for one in micro]
+        labels = max(one["labels"].shape[1] for one in split)
+        split = [
+            one if one["labels"].shape[1] == labels else sharding.split_batch(b, mesh, labels)
+            for one, b in zip(split, micro, strict=True)
+        ]
+        specs = sharding.batch_specs(split[0])
+        if not many:
+            return sharding.place(split[0], specs, mesh)
+        parts = {name: np.stack([one[name] for one in split]) for name in specs}
+        return sharding.place(parts, {name: PartitionSpec(None, *spec) for name, spec in specs.items()}, mesh)
+
+    def own(self, rows: int) -> set[int] | None:
+        """The rows of a batch that this process fills; None: all."""
+        return None if self.mesh is None or jax.process_count() == 1 else sharding.own_rows(rows, self.mesh)
+
+    def step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step(state or trained, frozen, batch)` on the data's own batches."""
+        return lambda state, frozen, batch: step(state, frozen, self.batch(batch))
+
+
+def spread_of(config: TrainConfig, options: dict[str, Any], splits: bool) -> tuple[Pretrained, Spread]:
+    """The model on the mesh of the settings, each process reading its own shards, and the mesh. options: of `load`.
+
+    Without `mesh` all devices split the base (fsdp); one device needs none, nor do tasks whose batches cannot be split.
+    Raises ValueError for a mesh or a batch that does not fit the devices, and what `load` raises.
+    """
+    several = jax.device_count() > 1 and not config.dry_run
+    if several and not splits and (config.mesh or jax.process_count() > 1):
+        raise ValueError(f"{config.data}: labels and pairs are learned on one device: no mesh, one process")
+    if not several or not splits:
+        if config.mesh and not config.dry_run:
+            sharding.make_mesh(config.mesh)
+        return load(config.model, weights=not config.dry_run, **options), Spread()
+    mesh = sharding.make_mesh(config.mesh or "fsdp=-1")
+    parts = sharding.batch_shards(mesh)
+    if config.batch % parts:
+        raise ValueError(f"batch = {config.batch} does not split into {parts} (mesh {config.mesh!r}): use a multiple")
+    shapes = load(config.model, weights=False, **{**options, "quantise": None})
+    wanted = paths(sharding.specs(shapes.params, shapes.layouts, mesh))
+    base = load(config.model, sharding=lambda path, _: NamedSharding(mesh, wanted[path]), **options)
+    return base, Spread(mesh, base.layouts)
