@@ -20,7 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, is_adapter
+from jlora.models.attention import Attention, attending, plain
 from jlora.quant.leaf import QuantisedLeaf, dividing
+from jlora.sequence import over_mesh
 from jlora.targets import EMBEDDING, known
 from jlora.tree import path_of, paths
 
@@ -30,6 +32,8 @@ BATCH = ("data", "fsdp")
 ROWS = re.compile(r"o_proj|down_proj|c_proj|out_proj|fc2|(^|/)(wo|w2)(/|$)|output/dense|intermediate_output")
 """Weights whose input is what another split weight put out: their input axis goes over `tensor`, so that a block
 needs one all-reduce. Any choice gives the same result; this one moves less."""
+
+HEAD = re.compile(r"(^|/)lm_head/kernel$")
 
 
 def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
@@ -224,19 +228,22 @@ def batch_specs(batch: Any) -> Any:
     }
 
 
-def over_batch(sums_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def over_batch(sums_fn: Callable[..., Any], mesh: Mesh, attention: Attention = plain) -> Callable[..., Any]:
     """`sums_fn(trained, frozen, batch, key)` for a `split_batch`: each part on its own devices, the sums added.
 
     Hidden states are held to their batch part (in Flax modules), so that weights are gathered and never activations;
-    quantised ones are gathered as codes. With a key each part draws its own dropout.
+    quantised ones are gathered as codes. With a key each part draws its own dropout. attention: what models attend
+    with, on each device's heads.
     """
     n = batch_shards(mesh)
+    attention = over_mesh(attention, mesh)
 
     def sharded(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        trained, frozen = once(trained, mesh), once(frozen, mesh)
         frozen = jax.tree.map(lambda leaf: whole_in_use(leaf, mesh), frozen, is_leaf=is_implicit)
 
         def part(batch: Any, key: Any) -> Any:
-            with constrained(mesh):
+            with constrained(mesh), attending(attention):
                 return sums_fn(trained, frozen, batch, key)
 
         keys = None if key is None else jax.random.split(key, n)
@@ -252,6 +259,20 @@ def whole_in_use(leaf: Any, mesh: Mesh) -> Any:
         return leaf
     spec = weight_spec(leaf.path, leaf.shape, {leaf.path: leaf.layout}, mesh)
     return leaf.over(mesh, PartitionSpec(*(None if name in BATCH else name for name in spec)))
+
+
+def once(tree: Any, mesh: Mesh) -> Any:
+    """`tree` with the head's matrix gathered over fsdp before the loss, which would gather it for each chunk."""
+
+    def at(keys: Any, leaf: Any) -> Any:
+        if leaf.ndim != 2 or not HEAD.search(path_of(keys)):
+            return leaf
+        spec = PartitionSpec(
+            *("tensor" if leaf.shape[1] % mesh.shape["tensor"] == 0 and ax == 1 else None for ax in (0, 1))
+        )
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(at, tree) if mesh.shape["fsdp"] > 1 else tree
 
 
 def constrained(mesh: Mesh) -> Any:

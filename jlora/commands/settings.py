@@ -114,8 +114,11 @@ class TrainConfig:
     """Of the frozen weights and the computation; factors are float32."""
     quantise: Literal["none", "nf4", "int8", "int4"] = "none"
     """Keep the base's linear weights in 8 or 4 bits (with an adapter: QLoRA)."""
-    remat: Literal["none", "full", "dots"] = "dots"
-    """Compute activations again in the backward pass (all, or all but products of matrices): less memory, more time."""
+    remat: Literal["none", "full", "dots", "offload"] = "dots"
+    """Compute activations again in the backward pass, all or all but products of matrices (dots): less memory, more
+    time. offload: all, and keep what is left in the host's memory."""
+    attention: Literal["auto", "plain", "blockwise", "splash", "cudnn"] = "auto"
+    """plain holds the scores of whole rows; blockwise, splash (TPU) and cudnn (GPU) a block at a time; auto chooses."""
     mesh: str = ""
     """How devices share the work: "fsdp=4,tensor=2" of data, fsdp, tensor, sequence, expert; if not given, fsdp."""
     seed: int = 0

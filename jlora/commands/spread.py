@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora import sharding
 from jlora.commands.settings import TrainConfig
 from jlora.io import Pretrained, load
+from jlora.models.attention import attending, named
 from jlora.train import TrainState
 from jlora.tree import paths
 
@@ -23,10 +24,19 @@ class Spread:
 
     mesh: Any = None
     layouts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    attention: str = "auto"
 
     def sums(self, sums: Callable[..., Any]) -> Callable[..., Any]:
-        """The objective over split batches."""
-        return sums if self.mesh is None else sharding.over_batch(sums, self.mesh)
+        """The objective, over split batches, with the attention that was asked for."""
+        attention = named(self.attention, jax.default_backend())
+        if self.mesh is not None:
+            return sharding.over_batch(sums, self.mesh, attention)
+
+        def alone(*args: Any) -> Any:
+            with attending(attention):
+                return sums(*args)
+
+        return alone
 
     def tree(self, tree: Any) -> Any:
         """Weights or a trained tree, laid out."""
@@ -81,7 +91,7 @@ def spread_of(config: TrainConfig, options: dict[str, Any], splits: bool) -> tup
     if not several or not splits:
         if config.mesh and not config.dry_run:
             sharding.make_mesh(config.mesh)
-        return load(config.model, weights=not config.dry_run, **options), Spread()
+        return load(config.model, weights=not config.dry_run, **options), Spread(attention=config.attention)
     mesh = sharding.make_mesh(config.mesh or "fsdp=-1")
     parts = sharding.batch_shards(mesh)
     if config.batch % parts:
@@ -89,4 +99,4 @@ def spread_of(config: TrainConfig, options: dict[str, Any], splits: bool) -> tup
     shapes = load(config.model, weights=False, **{**options, "quantise": None})
     wanted = paths(sharding.specs(shapes.params, shapes.layouts, mesh))
     base = load(config.model, sharding=lambda path, _: NamedSharding(mesh, wanted[path]), **options)
-    return base, Spread(mesh, base.layouts)
+    return base, Spread(mesh, base.layouts, config.attention)

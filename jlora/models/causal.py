@@ -1,4 +1,4 @@
-"""What decoders share: positions and masks, the cache, attention, and a stack of layers.
+"""What decoders share: positions and masks, the cache, and a stack of layers.
 
 Axes: b batch, s sequence, t keys (the cache's length, or s), h query heads, g key heads, k head size.
 """
@@ -10,12 +10,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jlora.models.attention import Sight
+
+INPUT = "layer input"
+
+
+def layer_input(x: jax.Array) -> jax.Array:
+    """x, under the name that `stacked` knows it by."""
+    return checkpoint_name(x, INPUT)
 
 
 def causal_inputs(
     tokens: jax.Array, positions: Any, mask: Any, segment_ids: Any, cache: Any
-) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """(positions i32 [b, s], allowed bool [b, s, t], seen bool [b, t], the column where this call begins).
+) -> tuple[jax.Array, Sight, jax.Array, Any]:
+    """(positions i32 [b, s], who sees whom, seen bool [b, t], the column where this call begins).
 
     Positions are the running count of real tokens, so that padding may lie on either side; padding and, with
     `segment_ids`, other examples are never attended. Raises ValueError for segment_ids with a cache.
@@ -30,10 +40,9 @@ def causal_inputs(
         count = jnp.cumsum(seen, axis=1) - 1
         here = count if cache is None else jax.lax.dynamic_slice_in_dim(count, index, tokens.shape[1], 1)
         positions = jnp.maximum(here, 0)
-    allowed = (jnp.arange(seen.shape[1]) <= index + jnp.arange(tokens.shape[1])[:, None]) & seen[:, None]
-    if segment_ids is not None:
-        allowed &= segment_ids[:, :, None] == segment_ids[:, None]
-    return positions, allowed, seen, index
+    own = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    ids = seen.astype(jnp.int32) if segment_ids is None else jnp.where(seen, own, -1)
+    return positions, Sight(own, ids, jnp.asarray(index, jnp.int32)), seen, index
 
 
 def grown(kv: Any, keys: jax.Array, values: jax.Array, index: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -47,29 +56,22 @@ def grown(kv: Any, keys: jax.Array, values: jax.Array, index: Any) -> tuple[Any,
     return (k, v), k, v
 
 
-def attend(
-    q: jax.Array, keys: jax.Array, values: jax.Array, allowed: jax.Array, scale: float | None = None
-) -> jax.Array:
-    """Softmax attention, scores in float32: q [b, s, h, k], keys and values [b, t, g, k] -> [b, s, h, k].
-
-    allowed bool [b, s, t]. h / g query heads share a key head. scale: 1 / sqrt(k) if not given.
-    """
-    groups = q.reshape(*q.shape[:2], keys.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("bsgrk,btgk->bgrst", groups, keys.astype(q.dtype)).astype(jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bgrst,btgk->bsgrk", weights, values.astype(q.dtype)).reshape(q.shape)
-
-
 def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
     """The layers of a decoder, to be set as an attribute in `setup` and run by `through`.
 
     `shared`: how many arguments all layers get alike. scan: one module over a stack of parameters, else a list of
-    them. remat: False, True (keep nothing of a layer) or "dots" (keep products with weights).
+    them. remat: False, True (keep nothing of a layer but its input), "dots" (keep products with weights too) or
+    "offload" (keep the input in the host's memory).
     """
     if remat:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        policies = jax.checkpoint_policies
+        offload = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        policy = {"dots": policies.dots_with_no_batch_dims_saveable, "offload": offload}.get(str(remat))
         block = nn.remat(block, prevent_cse=not scan, policy=policy)
     if not scan:
         return [block(*fields) for _ in range(layers)]

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.causal import attend, causal_inputs, grown, stacked, through
+from jlora.models.attention import Sight, attend
+from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -113,8 +114,8 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, local: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
-        """x [b, s, d], local bool [], allowed bool [b, s, t] -> ([b, s, d], kv)."""
+    def __call__(self, x: jax.Array, kv: Any, local: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
+        """x [b, s, d], local bool [] -> ([b, s, d], kv)."""
         c = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
@@ -127,9 +128,8 @@ class Attention(nn.Module):
 
         q = heads("q", c.num_attention_heads)
         kv, keys, values = grown(kv, heads("k", c.num_key_value_heads), heads("v", c.num_key_value_heads), index)
-        columns, rows = jnp.arange(allowed.shape[2]), index + jnp.arange(allowed.shape[1])[:, None]
-        allowed &= ~jnp.asarray(local) | (columns > rows - c.sliding_window)
-        out = attend(q, keys, values, allowed, c.query_pre_attn_scalar**-0.5).reshape(*x.shape[:2], -1)
+        sight = sight.within(c.sliding_window, local)
+        out = attend(q, keys, values, sight, c.query_pre_attn_scalar**-0.5).reshape(*x.shape[:2], -1)
         return dense(c.hidden_size, name="o_proj")(out), kv
 
 
@@ -156,20 +156,21 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, own: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
+    def __call__(self, x: jax.Array, own: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
         """x [b, s, d] -> ([b, s, d], own)."""
+        x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
         kv, local = own
         y = norm(name="input_layernorm")(x)
-        y, kv = Attention(*parts, name="self_attn")(y, kv, local, positions, allowed, index)
+        y, kv = Attention(*parts, name="self_attn")(y, kv, local, positions, sight, index)
         x = x + norm(name="post_attention_layernorm")(y)
         y = MLP(*parts, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
         return x + norm(name="post_feedforward_layernorm")(y), (kv, local)
 
 
 class Gemma(nn.Module):
-    """The decoder; its head is the embedding, tied. `remat`: False, True or "dots"."""
+    """The decoder; its head is the embedding, tied. `remat`: as in `stacked`."""
 
     config: GemmaConfig
     dtype: Any = jnp.float32
@@ -211,11 +212,11 @@ class Gemma(nn.Module):
         cache: dict[str, Any] | None = None,
     ) -> Any:
         """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
-        positions, allowed, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         # the Hub's models round the scale to the embedding's precision
         x = self.embed_tokens(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         own = (None if cache is None else cache["kv"], jnp.asarray(self.config.local))
-        x, (kv, _) = through(self.layers, x, own, positions, allowed, index)
+        x, (kv, _) = through(self.layers, x, own, positions, sight, index)
         x = self.norm(x)
         return x if cache is None else (x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]})
 

@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models.causal import attend, causal_inputs, grown, stacked, through
+from jlora.models.attention import Sight, attend
+from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through
 from jlora.models.tensors import HFTensor
 
 
@@ -83,13 +84,13 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, allowed: jax.Array, index: Any) -> Any:
-        """x [b, s, d], allowed bool [b, s, t], kv None or two [b, t, h, k] written at `index` -> ([b, s, d], kv)."""
+    def __call__(self, x: jax.Array, kv: Any, sight: Sight, index: Any) -> Any:
+        """x [b, s, d], kv None or two [b, t, h, k] written at `index` -> ([b, s, d], kv)."""
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         qkv = nn.Dense(3 * c.n_embd, name="c_attn", **kinds)(x)
         q, k, v = (y.reshape(*x.shape[:2], c.n_head, -1) for y in jnp.split(qkv, 3, axis=-1))
         kv, k, v = grown(kv, k, v, index)
-        out = attend(q, k, v, allowed).reshape(x.shape)
+        out = attend(q, k, v, sight).reshape(x.shape)
         return nn.Dense(c.n_embd, name="c_proj", **kinds)(out), kv
 
 
@@ -116,17 +117,18 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, allowed: jax.Array, index: Any) -> Any:
+    def __call__(self, x: jax.Array, kv: Any, sight: Sight, index: Any) -> Any:
         """x [b, s, d] -> ([b, s, d], kv)."""
+        x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "epsilon": self.config.layer_norm_epsilon}
-        y, kv = Attention(*parts, name="attn")(nn.LayerNorm(name="ln_1", **kinds)(x), kv, allowed, index)
+        y, kv = Attention(*parts, name="attn")(nn.LayerNorm(name="ln_1", **kinds)(x), kv, sight, index)
         x = x + y
         return x + MLP(*parts, name="mlp")(nn.LayerNorm(name="ln_2", **kinds)(x)), kv
 
 
 class GPT2(nn.Module):
-    """The decoder; its head is the word embedding, tied. `remat`: False, True or "dots"."""
+    """The decoder; its head is the word embedding, tied. `remat`: as in `stacked`."""
 
     config: GPT2Config
     dtype: Any = jnp.float32
@@ -169,9 +171,9 @@ class GPT2(nn.Module):
         cache: dict[str, Any] | None = None,
     ) -> Any:
         """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
-        positions, allowed, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         x = self.wte(tokens) + self.wpe(positions)
-        x, kv = through(self.h, x, None if cache is None else cache["kv"], allowed, index)
+        x, kv = through(self.h, x, None if cache is None else cache["kv"], sight, index)
         x = self.ln_f(x)
         return x if cache is None else (x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]})
 

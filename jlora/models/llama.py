@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.causal import attend, causal_inputs, grown, stacked, through
+from jlora.models.attention import Sight, attend
+from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -129,8 +130,8 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
-        """x [b, s, d], allowed bool [b, s, t], kv None or two [b, t, g, k] written at `index` -> ([b, s, d], kv)."""
+    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
+        """x [b, s, d], kv None or two [b, t, g, k] written at `index` -> ([b, s, d], kv)."""
         c = self.config
         g, k = c.num_key_value_heads, c.head_dim
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -144,7 +145,7 @@ class Attention(nn.Module):
 
         q, keys, values = heads("q", c.num_attention_heads), heads("k", g), heads("v", g)
         kv, keys, values = grown(kv, keys, values, index)
-        out = attend(q, keys, values, allowed).reshape(*x.shape[:2], -1)
+        out = attend(q, keys, values, sight).reshape(*x.shape[:2], -1)
         return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), kv
 
 
@@ -172,17 +173,18 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, allowed: jax.Array, index: Any) -> Any:
+    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
         """x [b, s, d] -> ([b, s, d], kv)."""
+        x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
-        y, kv = Attention(*parts, name="self_attn")(norm(name="input_layernorm")(x), kv, positions, allowed, index)
+        y, kv = Attention(*parts, name="self_attn")(norm(name="input_layernorm")(x), kv, positions, sight, index)
         x = x + y
         return x + MLP(*parts, name="mlp")(norm(name="post_attention_layernorm")(x)), kv
 
 
 class Llama(nn.Module):
-    """The decoder. `remat`: False, True (keep nothing of a layer) or "dots" (keep products with weights)."""
+    """The decoder. `remat`: as in `stacked`."""
 
     config: LlamaConfig
     dtype: Any = jnp.float32
@@ -231,12 +233,11 @@ class Llama(nn.Module):
         mask bool [b, s]: True for a real token. segment_ids i32 [b, s]: packed examples, 0 for padding.
         positions i32 [b, s]: the running count of real tokens if not given. cache: as `init_cache` makes it.
         """
-        positions, allowed, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         if self.config.sliding_window is not None:
-            columns, rows = jnp.arange(seen.shape[1]), index + jnp.arange(tokens.shape[1])[:, None]
-            allowed &= columns > rows - self.config.sliding_window
+            sight = sight.within(self.config.sliding_window)
         kv = None if cache is None else cache["kv"]
-        x, kv = through(self.layers, self.embed_tokens(tokens), kv, positions, allowed, index)
+        x, kv = through(self.layers, self.embed_tokens(tokens), kv, positions, sight, index)
         x = self.norm(x)
         if cache is None:
             return x

@@ -76,7 +76,9 @@ def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
     # what the backward pass of one layer holds: scores in f32 twice and their weights, and the feed-forward's arrays
     block = scores * (4 + e) + inner * e * (4 if c.gated else 3) + layer * e * 8
     saved = c.layers * layer * e
-    if plan.remat != "full":
+    if plan.remat == "offload":
+        saved = 2 * layer * e
+    elif plan.remat != "full":
         kept = inner * (3 if c.gated else 2) + layer * 6 + (0 if plan.remat == "dots" else 3 * scores)
         saved += c.layers * kept * e
     logits = min(plan.chunk, tokens) * c.vocab // tensor * 4 * 2
@@ -126,14 +128,14 @@ def flops(plan: PlanConfig, run: Setting) -> float:
     """
     c = sizes_of(run.config)
     tokens = plan.batch * plan.seq
-    again = 1 if plan.remat == "full" else 0
+    again = 1 if plan.remat in ("full", "offload") else 0
     if plan.method == "full":
         matrices = matrices_of(run.state.trained, c)
         passes, extra = 3 + again, 0.0
     else:
         matrices = matrices_of(run.frozen, c)
         passes, extra = 2 + again, 2.0 * size(run.state.trained) * tokens * (3 + again)
-    head = 2.0 * c.vocab * c.d * tokens * (passes + (1 if plan.remat != "full" else 0))
+    head = 2.0 * c.vocab * c.d * tokens * (passes + (1 - again))
     attention = 4.0 * plan.batch * c.layers * plan.seq**2 * c.d * (3 + again)
     return 2.0 * matrices * tokens * passes + extra + head + attention
 

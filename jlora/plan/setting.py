@@ -12,6 +12,7 @@ import optax
 import jlora
 from jlora import sharding
 from jlora.models import family
+from jlora.models.attention import named
 from jlora.plan.known import config_of, topology
 from jlora.train import TrainState, answer_sums, make_train_step
 
@@ -38,7 +39,9 @@ class PlanConfig:
     mesh: str = "fsdp=-1"
     dtype: str = "bfloat16"
     """Of the base and the computation; full fine-tuning trains in it."""
-    remat: Literal["full", "dots", "none"] = "full"
+    remat: Literal["full", "offload", "dots", "none"] = "full"
+    attention: Literal["auto", "plain", "blockwise", "splash", "cudnn"] = "auto"
+    """plain holds all scores; the others a block at a time. auto: splash on TPU, cudnn on GPU."""
     chunk: int = 512
     """Labels whose logits are alive at once."""
     compile: bool = False
@@ -71,7 +74,7 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     mesh = mesh_of(plan.mesh, where.devices) if devices is None else sharding.make_mesh(plan.mesh, devices)
     config = config_of(plan.model)
     kind, dtype = family(config.model_type), jnp.dtype(plan.dtype)
-    remat = {"full": True, "dots": "dots", "none": False}[plan.remat]
+    remat = {"full": True, "none": False}.get(plan.remat, plan.remat)
     model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=True, remat=remat)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     layouts = {t.path: "sio" for t in kind.hf_tensors(config) if t.layer is not None and t.path.endswith("/kernel")}
@@ -98,7 +101,7 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
         state,
         state_specs,
         batch_of(plan, mesh),
-        make_train_step(sharding.over_batch(sums, mesh), tx),
+        make_train_step(sharding.over_batch(sums, mesh, named(plan.attention, "tpu" if where.compiler else "gpu")), tx),
     )
 
 

@@ -18,7 +18,7 @@ from jlora.io import Pretrained
 from jlora.train import evaluate, make_eval_step
 from jlora.train.loop import Stop
 
-REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots"}
+REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots", "offload": "offload"}
 Judge = Callable[[Any, Any, BatchSource, Stop, Callable[[int], None]], dict[str, float]]
 """f(trained, frozen, batches, stop, progress) -> figures; raises `Interrupted` once `stop()`."""
 

@@ -39,7 +39,7 @@ class Pairs(Answers):
         return bucket_lengths([max(pair, key=lambda e: len(e.tokens)) for pair in examples], self.config.buckets)
 
     def objective(self, base: Pretrained) -> Any:
-        return preference_sums(base.model, self.config.loss, self.config.beta, self.config.dropout)
+        return self.spread.sums(preference_sums(base.model, self.config.loss, self.config.beta, self.config.dropout))
 
     def named(self, means: dict[str, float]) -> dict[str, float]:
         return {"loss": means["loss"], "accuracy": means["exact"], "examples": means["examples"]}

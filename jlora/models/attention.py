@@ -1,0 +1,180 @@
+"""Causal attention, plain or in blocks: what the models call, and which way it is done.
+
+A model says who may see whom (`Sight`) and calls `attend`; a context (`attending`) chooses the way: "plain" holds all
+scores, "blockwise" a block of them at a time (Rabe and Staats 2021; Dao et al. 2022), "splash" is JAX's kernel for TPU
+and "cudnn" NVIDIA's for GPU. All give the same numbers but for rounding.
+
+Axes: b batch, s sequence, t keys (the cache's length, or s), h query heads, g key heads, k head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 512
+"""Queries, and keys, of a block."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Query i sees key j if j is no later, both have one id, and j is within the window.
+
+    `q_ids` i32 [b, s], `k_ids` i32 [b, t]: the example, for packed rows; padding has ids that no other has.
+    `index` i32 []: the column of the first query. `window`: how many keys back are seen, None for all.
+    `local` bool []: whether the window holds, where only some layers have it.
+    """
+
+    q_ids: Any
+    k_ids: Any
+    index: Any = 0
+    local: Any = None
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def dense(self) -> jax.Array:
+        """bool [b, s, t]."""
+        rows = self.index + jnp.arange(self.q_ids.shape[1])[:, None]
+        columns = jnp.arange(self.k_ids.shape[1])
+        seen = columns <= rows
+        if self.window is not None:
+            near = columns > rows - self.window
+            seen &= near if self.local is None else near | ~jnp.asarray(self.local)
+        return seen & (self.q_ids[:, :, None] == self.k_ids[:, None])
+
+    def within(self, window: int, local: Any = None) -> Sight:
+        """The same with a window."""
+        return dataclasses.replace(self, window=window, local=local)
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Sight, float], jax.Array]
+"""f(q [b, s, h, k], keys [b, t, g, k], values [b, t, g, k], sight, scale) -> [b, s, h, k]."""
+
+way: contextvars.ContextVar[Attention | None] = contextvars.ContextVar("attention", default=None)
+
+
+@contextlib.contextmanager
+def attending(attention: Attention | None) -> Iterator[None]:
+    """Models traced inside attend by `attention` where queries and keys are the same tokens (no cache)."""
+    token = way.set(attention)
+    try:
+        yield
+    finally:
+        way.reset(token)
+
+
+def attend(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float | None = None) -> jax.Array:
+    """Softmax attention, scores in float32: q [b, s, h, k], keys and values [b, t, g, k] -> [b, s, h, k].
+
+    h / g query heads share a key head. scale: 1 / sqrt(k) if not given.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = way.get() if q.shape[1] == keys.shape[1] else None
+    return (chosen or plain)(q, keys.astype(q.dtype), values.astype(q.dtype), sight, scale)
+
+
+def plain(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
+    """All scores [b, h, s, t] at once."""
+    groups = q.reshape(*q.shape[:2], keys.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("bsgrk,btgk->bgrst", groups, keys).astype(jnp.float32)
+    scores = jnp.where(sight.dense()[:, None, None], scores * scale, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bgrst,btgk->bsgrk", weights, values).reshape(q.shape)
+
+
+def blockwise(
+    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, block: int = BLOCK
+) -> jax.Array:
+    """A [block, block] tile of scores at a time, computed again in the backward pass: memory linear in s."""
+    b, s, h, k = q.shape
+    count, g = -(-s // block), keys.shape[2]
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, count * block - s), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(b, count, block, *x.shape[2:]), 1, 0)
+
+    q_parts, k_parts, v_parts = cut(q.reshape(b, s, g, h // g, k)), cut(keys), cut(values)
+    q_ids, k_ids = cut(sight.q_ids + 1), cut(sight.k_ids + 1)  # what is padded here has id 0, and is after every query
+    starts = jnp.arange(count) * block
+
+    def tile(carry: Any, query: Any, part: Any) -> Any:
+        top, total, out = carry
+        (q, own, row), (key, value, ids, column) = query, part
+        seen = dataclasses.replace(sight, q_ids=own, k_ids=ids, index=row - column).dense()
+        scores = jnp.einsum("bsgrk,btgk->bgrst", q, key).astype(jnp.float32) * scale
+        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        new = jnp.maximum(top, scores.max(-1))
+        weights, decay = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+        out = out * decay[..., None] + jnp.einsum("bgrst,btgk->bgrsk", weights.astype(q.dtype), value)
+        return new, total * decay + weights.sum(-1), out
+
+    @jax.checkpoint
+    def column(carry: Any, part: Any, query: Any) -> tuple[Any, None]:
+        later = part[-1] >= query[-1] + block  # every key of the tile comes after every query
+        return jax.lax.cond(later, lambda carry, *_: carry, tile, carry, query, part), None
+
+    @jax.checkpoint
+    def row(query: Any) -> jax.Array:
+        shape = (b, g, h // g, block)
+        first = (jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, k)))
+        parts = (k_parts, v_parts, k_ids, starts)
+        (_, total, out), _ = jax.lax.scan(functools.partial(column, query=query), first, parts)
+        return jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)
+
+    rows = jax.lax.map(row, (q_parts, q_ids, starts))
+    return jnp.moveaxis(rows, 0, 1).reshape(b, count * block, h, k)[:, :s]
+
+
+def splash(
+    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, interpret: bool = False
+) -> jax.Array:
+    """JAX's Pallas kernel for TPU. Where it does not fit (s no multiple of 128, a window of some layers): blockwise."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    s, h = q.shape[1:3]
+    if s % 128 or sight.local is not None:
+        return blockwise(q, keys, values, sight, scale)
+    one = masks.CausalMask((s, s)) if sight.window is None else masks.LocalMask((s, s), (sight.window - 1, 0), 0)
+    size = next(n for n in (512, 256, 128) if s % n == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = kernel.BlockSizes(**{f"block_{name}": size for name in names})
+    run = kernel.make_splash_mha(
+        masks.MultiHeadMask([one] * h), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+    )
+    turn = lambda x: jnp.swapaxes(x, 1, 2)
+    out = jax.vmap(run)(turn(q * scale), turn(keys), turn(values), kernel.SegmentIds(sight.q_ids, sight.k_ids))
+    return turn(out).astype(q.dtype)
+
+
+def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
+    """NVIDIA's fused kernel, for bfloat16 and float16."""
+    mask = sight.dense()[:, None]
+    return jax.nn.dot_product_attention(q, keys, values, mask=mask, scale=scale, implementation="cudnn")
+
+
+def fitting(platform: str, short: int = 512) -> Attention:
+    """The best way on "tpu", "gpu" or "cpu": plain for rows of at most `short` tokens."""
+
+    def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
+        if q.shape[1] <= short:
+            return plain(q, keys, values, sight, scale)
+        kernels = {"tpu": splash, "gpu": cudnn if q.dtype.itemsize == 2 else blockwise}
+        return kernels.get(platform, blockwise)(q, keys, values, sight, scale)
+
+    return attention
+
+
+WAYS: dict[str, Attention] = {"plain": plain, "blockwise": blockwise, "splash": splash, "cudnn": cudnn}
+
+
+def named(name: str, platform: str) -> Attention:
+    """One of `WAYS`, or "auto": what fits `platform`."""
+    return WAYS[name] if name != "auto" else fitting(platform)

@@ -1,0 +1,54 @@
+"""Attention over a mesh: heads over `tensor`, long rows over `sequence`.
+
+Each device holds a part of every row. For attention the parts are exchanged for heads (all-to-all; Jacobs et al.,
+arXiv 2309.14509), so that any kernel sees whole rows, and exchanged back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jlora.models.attention import Attention, Sight, plain
+
+
+def over_mesh(inner: Attention, mesh: Mesh) -> Attention:
+    """`inner` on each device's heads. Where heads or tokens do not divide: plain attention, split as XLA can."""
+    n, split = mesh.shape["sequence"], mesh.shape["sequence"] * mesh.shape["tensor"]
+
+    def local(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, *, scale: float) -> jax.Array:
+        if n == 1:
+            return inner(q, keys, values, sight, scale)
+        exchange = functools.partial(jax.lax.all_to_all, axis_name="sequence", tiled=True)
+        heads = [exchange(x, split_axis=2, concat_axis=1) for x in (q, keys, values)]
+        ids = [jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (sight.q_ids, sight.k_ids)]
+        out = inner(*heads, dataclasses.replace(sight, q_ids=ids[0], k_ids=ids[1]), scale)
+        return exchange(out, split_axis=1, concat_axis=2)
+
+    def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
+        h, g = q.shape[2], keys.shape[2]
+        copies = split // math.gcd(g, split)  # a key head that several devices need is sent to each
+        if h % (g * copies) or q.shape[1] % n:
+            return plain(q, keys, values, sight, scale)
+        keys, values = (jnp.repeat(x, copies, axis=2) for x in (keys, values))
+        held, ids = PartitionSpec(None, "sequence", "tensor", None), PartitionSpec(None, "sequence")
+        none: Any = PartitionSpec()
+        specs = dataclasses.replace(
+            sight, q_ids=ids, k_ids=ids, index=none, local=None if sight.local is None else none
+        )
+        run = jax.shard_map(
+            functools.partial(local, scale=scale),
+            mesh=mesh,
+            in_specs=(held, held, held, specs),
+            out_specs=held,
+            check_vma=False,
+        )
+        return run(q, keys, values, sight)
+
+    return attention
