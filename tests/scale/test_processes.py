@@ -23,7 +23,7 @@ def test_several_processes_give_what_one_gives(count, mesh):
         for n in range(count)
     ]
     try:
-        told = [process.communicate(timeout=200) for process in running]
+        told = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()

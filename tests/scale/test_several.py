@@ -54,7 +54,7 @@ def started(count, words):
 
 def after_steps(run, count, processes):
     """Wait until `count` steps are logged."""
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while time.monotonic() < end and all(process.poll() is None for process in processes):
         if (run / "metrics.jsonl").exists() and len(losses(run)) >= count:
             return
