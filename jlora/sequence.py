@@ -26,9 +26,9 @@ def over_mesh(inner: Attention, mesh: Mesh) -> Attention:
         if n == 1:
             return inner(q, keys, values, sight, scale)
         exchange = functools.partial(jax.lax.all_to_all, axis_name="sequence", tiled=True)
-        heads = [exchange(x, split_axis=2, concat_axis=1) for x in (q, keys, values)]
+        q, keys, values = (exchange(x, split_axis=2, concat_axis=1) for x in (q, keys, values))
         ids = [jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (sight.q_ids, sight.k_ids)]
-        out = inner(*heads, dataclasses.replace(sight, q_ids=ids[0], k_ids=ids[1]), scale)
+        out = inner(q, keys, values, dataclasses.replace(sight, q_ids=ids[0], k_ids=ids[1]), scale)
         return exchange(out, split_axis=1, concat_axis=2)
 
     def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:

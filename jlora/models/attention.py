@@ -144,8 +144,9 @@ def splash(
         return blockwise(q, keys, values, sight, scale)
     one = masks.CausalMask((s, s)) if sight.window is None else masks.LocalMask((s, s), (sight.window - 1, 0), 0)
     size = next(n for n in (512, 256, 128) if s % n == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = kernel.BlockSizes(**{f"block_{name}": size for name in names})
+    sizes = kernel.BlockSizes(
+        block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size
+    )
     run = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * h), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
     )
