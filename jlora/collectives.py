@@ -17,6 +17,8 @@ CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_co
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 CYCLES = re.compile(r'estimated_cycles"?:\s*"(\d+)"')
+ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\])")
+"""Groups of one device each: nothing is sent."""
 CHANNEL = re.compile(r"channel_id=(\d+)")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -45,7 +47,7 @@ def collectives(text: str) -> list[Collective]:
     found: dict[str, Collective] = {}
     for shape, opcode, rest, times, known in instructions(text):
         kind = opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in KINDS or ALONE.search(rest):
             continue
         arrays = ARRAY.findall(shape)
         if opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:

@@ -155,6 +155,13 @@ def test_a_trip_count_is_read_off_the_condition_where_it_is_not_annotated():
     assert not all(one.known for one in collectives(text.replace("direction=LT", "direction=GE")))
 
 
+def test_groups_of_one_device_send_nothing():
+    alone = TEXT.replace("all-reduce(%a, %b),", "all-reduce(%a, %b), replica_groups={{0},{1}},")
+    assert set(by_kind(collectives(alone))) == {"all-gather"}
+    pairs = TEXT.replace("all-reduce(%a, %b),", "all-reduce(%a, %b), replica_groups={{0,1}},")
+    assert by_kind(collectives(pairs)) == by_kind(collectives(TEXT))
+
+
 def test_a_transfer_spread_over_fusions_counts_once():
     text = TEXT.replace("all-gather(%x),", "all-gather(%x), channel_id=3,")
     twice = text.replace("  %d = ", "  %g2 = f32[8,4]{1,0} all-gather(%x), channel_id=3, dimensions={0}\n  %d = ")

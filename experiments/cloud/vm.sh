@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One TPU VM, or all hosts of a slice: creates it, copies this checkout, runs run.sh on every host, deletes it.
+#   PROJECT=p ZONE=us-west4-a OUTPUT=gs://bucket/run ./vm.sh                                  # one host, 8 chips
+#   PROJECT=p ZONE=us-west4-a TYPE=v5litepod-16 OUTPUT=gs://bucket/run ./vm.sh                # 4 hosts, 16 chips
+# Needs gcloud, and a bucket that the VM's service account may write (roles/storage.objectUser).
+set -euo pipefail
+: "${PROJECT:?}" "${ZONE:?}" "${OUTPUT:?}"
+type="${TYPE:-v5litepod-8}"
+name="${NAME:-jlora}"
+image="${IMAGE:-v2-alpha-tpuv5-lite}"
+root="$(cd "$(dirname "$0")/../.." && pwd)"
+where=(--project "$PROJECT" --zone "$ZONE")
+
+gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$type" --version "$image"
+trap 'gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet' EXIT
+gcloud compute tpus tpu-vm scp --recurse "$root" "$name:jlora" "${where[@]}" --worker=all
+gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "
+  pip install -q -e './jlora[tpu,data]' gcsfs && export PATH=\$HOME/.local/bin:\$PATH
+  OUTPUT='$OUTPUT' ./jlora/experiments/cloud/run.sh"
