@@ -13,11 +13,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from jlora.collectives import by_kind, collectives, cycles
 from jlora.plan.known import topology
-from jlora.plan.setting import PlanConfig, setting
+from jlora.plan.setting import PlanConfig, Setting, setting
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu lets one process in, for the devices' sake; this one opens none
+}
 
 
 def available() -> bool:
@@ -38,13 +48,10 @@ def compile_for(plan: PlanConfig, timeout: float = 1800) -> dict[str, Any]:
         raise ValueError("qlora is planned by formula: its 4-bit kernels are not compiled here")
     if not available():
         raise ImportError('compiling for a TPU needs libtpu: pip install "jlora[tpu]"')
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-    # libtpu lets one process a machine in, for the devices' sake; this one opens none
-    env.update({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
     done = subprocess.run(
         [sys.executable, "-m", "jlora.plan.tpu"],
         input=json.dumps(dataclasses.asdict(plan)),
-        env=env,
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -63,8 +70,8 @@ def reason(text: str) -> str:
     return (told or lines or ["it said nothing"])[-1][:600]
 
 
-def compiled(plan: PlanConfig) -> dict[str, Any]:
-    """`compile_for` in this process."""
+def compiled(plan: PlanConfig, step: Callable[[PlanConfig, Setting], Any] | None = None) -> dict[str, Any]:
+    """`compile_for` in this process, under `ENVIRONMENT`. step: makes another training step of the same arguments."""
     import time
 
     from jax.experimental import topologies
@@ -83,7 +90,7 @@ def compiled(plan: PlanConfig) -> dict[str, Any]:
             (run.batch, batch_specs(run.batch)),
         )
     )
-    program = run.step.lower(state, frozen, batch).compile()
+    program = (run.step if step is None else step(plan, run)).lower(state, frozen, batch).compile()
     memory, text = program.memory_analysis(), program.as_text() or ""
     if os.environ.get("JLORA_HLO"):
         with open(os.environ["JLORA_HLO"], "w", encoding="utf-8") as file:
