@@ -75,9 +75,9 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale
 
     h / g query heads share a key head. scale: 1 / sqrt(k) if not given.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    by = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = way.get() if q.shape[1] == keys.shape[1] else None
-    return (chosen or plain)(q, keys.astype(q.dtype), values.astype(q.dtype), sight, scale)
+    return (chosen or plain)(q, keys.astype(q.dtype), values.astype(q.dtype), sight, by)
 
 
 def plain(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
