@@ -21,10 +21,10 @@ POSITIVE += ("n_embd", "n_head", "n_positions", "max_position_embeddings")
 def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
     """`family.from_hf(hub)`. Raises ValueError naming `where` for a field that is missing, of another type or no
     possible size."""
-    names = {field.name for field in dataclasses.fields(family)}
-    huge = [name for name in sorted(names & set(hub)) if isinstance(hub[name], int) and abs(hub[name]) > LARGEST]
-    if huge:  # before anything of that size is made
-        raise ValueError(f"{where}: {huge[0]} is {hub[huge[0]]!r:.60}; no model is of that size")
+    for field in dataclasses.fields(family):  # before anything of such a size is made
+        value = hub.get(field.name)
+        if str(field.type).startswith("int") and value is not None and not fits(value, "int"):
+            raise ValueError(f"{where}: {field.name} is {value!r:.60}, no size of a model")
     try:
         with np.errstate(all="raise"):
             config = family.from_hf(hub)
