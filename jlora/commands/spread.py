@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import sharding
 from jlora.commands.settings import TrainConfig
+from jlora.distributed import keep_compiled
 from jlora.io import Pretrained, load
 from jlora.models.attention import attending, named
 from jlora.train import TrainState
@@ -85,6 +86,7 @@ def spread_of(config: TrainConfig, options: dict[str, Any], splits: bool) -> tup
     Without `mesh` all devices split the base (fsdp); one device needs none, nor do tasks whose batches cannot be split.
     Raises ValueError for a mesh or a batch that does not fit the devices, and what `load` raises.
     """
+    keep_compiled(config.output)
     several = jax.device_count() > 1 and not config.dry_run
     if several and not splits and (config.mesh or jax.process_count() > 1):
         raise ValueError(f"{config.data}: labels and pairs are learned on one device: no mesh, one process")

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 BLOCK = 512
 """Queries, and keys, of a block."""
+SHORT = 512
+"""Tokens of a row up to which plain attention is best."""
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +163,7 @@ def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale:
     return jax.nn.dot_product_attention(q, keys, values, mask=mask, scale=scale, implementation="cudnn")
 
 
-def fitting(platform: str, short: int = 512) -> Attention:
+def fitting(platform: str, short: int = SHORT) -> Attention:
     """The best way on "tpu", "gpu" or "cpu": plain for rows of at most `short` tokens."""
 
     def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from jlora.leaves import is_implicit
 from jlora.plan import estimate as by_formula
 from jlora.plan.known import GIB, topology
 from jlora.plan.setting import METHODS, PlanConfig, Setting, setting
@@ -62,11 +63,11 @@ def parameters(config: PlanConfig, made: Setting) -> dict[str, int]:
     """How many, by kind. A trained matrix of the model itself (full fine-tuning) counts under its kind."""
     base = made.state.trained if config.method == "full" else made.frozen
     kinds = {"embeddings": 0, "matrices": 0, "norms and biases": 0}
-    for path, leaf in paths(base).items():
+    for path, leaf in paths(base, is_implicit).items():
         last = path.rsplit("/", 1)[-1]
         kind = "embeddings" if last == "embedding" else "matrices" if last == "kernel" else "norms and biases"
         kinds[kind] += math.prod(leaf.shape)
-    total, trained = size(base), size(made.state.trained)
+    total, trained = sum(kinds.values()), size(made.state.trained)
     return {**kinds, "base": total, "trained": trained, "trained_share_1_in": round(total / trained)}
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jlora.leaves import is_implicit
+from jlora.models.attention import SHORT
 from jlora.plan.known import Topology, topology
 from jlora.plan.setting import PlanConfig, Setting
 from jlora.sharding import BATCH
 from jlora.tree import nbytes, paths, size
 
-NF4_BITS = 4 + 0.127
-"""Bits a weight in NF4 with double quantisation (Dettmers et al., arXiv 2305.14314, section 3)."""
 RESERVED = 0.02
 """Share of a chip's memory that programs do not get: the TPU compiler gives 15.75 of v5e's 16 GiB."""
 
@@ -73,7 +73,9 @@ def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
     scores = b * c.heads * s * plan.seq // tensor
     inner = tokens * c.f // tensor
     layer = tokens * c.d
-    # what the backward pass of one layer holds: scores in f32 twice and their weights, and the feed-forward's arrays
+    # what the backward pass of one layer holds: scores in f32 and their weights, and the feed-forward's arrays
+    plain = plan.attention == "plain" or (plan.attention == "auto" and plan.seq <= SHORT)
+    scores *= plain
     block = scores * (4 + e) + inner * e * (4 if c.gated else 3) + layer * e * 8
     saved = c.layers * layer * e
     if plan.remat == "offload":
@@ -81,25 +83,21 @@ def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
     elif plan.remat != "full":
         kept = inner * (3 if c.gated else 2) + layer * 6 + (0 if plan.remat == "dots" else 3 * scores)
         saved += c.layers * kept * e
-    logits = min(plan.chunk, tokens) * c.vocab // tensor * 4 * 2
-    everything = run.frozen if plan.method != "full" else run.state.trained
-    kernels = {path: leaf for path, leaf in paths(everything).items() if leaf.shape[:1] == (c.layers,)}
-    weights = sum(leaf.size for leaf in kernels.values()) // c.layers * e // tensor
+    logits = min(plan.chunk, tokens) * c.vocab // tensor * 4
+    weights = matrices_of(run.frozen if plan.method != "full" else run.state.trained, c) // c.layers * e // tensor
     gathered = weights * (2 if mesh.shape["fsdp"] > 1 else 0)
     head = c.vocab * c.d * e // tensor if mesh.shape["fsdp"] > 1 else 0
     if plan.method == "merged":
         gathered += 3 * weights
     if plan.method == "full":
         gathered += weights
-    return {"activations": saved, "temporaries": max(block + gathered, logits + layer * e) + head}
+    return {"activations": saved, "temporaries": max(block + gathered, logits + layer * e + head)}
 
 
 def estimate(plan: PlanConfig, run: Setting) -> dict[str, Any]:
     """{bytes a device by kind, their sum}: base, factors, optimiser, gradients, activations, temporaries."""
     mesh = run.mesh
     base = held(run.frozen, run.frozen_specs, mesh)
-    if plan.method == "qlora":
-        base = quantised(run, mesh)
     trained = held(run.state.trained, run.state_specs.trained, mesh)
     kinds = {
         "base": base,
@@ -109,15 +107,6 @@ def estimate(plan: PlanConfig, run: Setting) -> dict[str, Any]:
         **working_set(plan, run),
     }
     return {**kinds, "total": sum(kinds.values())}
-
-
-def quantised(run: Setting, mesh: Any) -> int:
-    """Bytes of the base on one device with its stacked kernels in NF4, the rest as it is."""
-    wanted, total = paths(run.frozen_specs), 0.0
-    for path, leaf in paths(run.frozen).items():
-        whole = leaf.size * NF4_BITS / 8 if len(leaf.shape) == 3 else nbytes(leaf)
-        total += whole / shards(wanted[path], mesh)
-    return int(total)
 
 
 def flops(plan: PlanConfig, run: Setting) -> float:
@@ -141,8 +130,9 @@ def flops(plan: PlanConfig, run: Setting) -> float:
 
 
 def matrices_of(tree: Any, c: Sizes) -> int:
-    """Elements of the layers' kernels."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree) if len(leaf.shape) == 3 and leaf.shape[0] == c.layers)
+    """Elements of the layers' kernels, in floats or in codes."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_implicit)
+    return sum(math.prod(leaf.shape) for leaf in leaves if len(leaf.shape) == 3 and leaf.shape[0] == c.layers)
 
 
 def wires(plan: PlanConfig, run: Setting) -> dict[str, int]:

@@ -14,6 +14,7 @@ from jlora import sharding
 from jlora.models import family
 from jlora.models.attention import named
 from jlora.plan.known import config_of, topology
+from jlora.quant import quantise
 from jlora.train import TrainState, answer_sums, make_train_step
 
 METHODS = ("lora", "merged", "full", "qlora")
@@ -29,7 +30,7 @@ class PlanConfig:
     model: str = "llama-3-8b"
     topology: str = "v5e:2x4"
     method: Literal["lora", "merged", "full", "qlora"] = "lora"
-    """merged: LoRA that writes W + A·B out each step; qlora: the base in 4 bits (by formula only)."""
+    """merged: LoRA that writes W + A·B out each step; qlora: the base's matrices in NF4."""
     rank: int = 16
     targets: tuple[str, ...] = ("all-linear",)
     batch: int = 8
@@ -83,6 +84,8 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     if plan.method == "full":
         frozen, trained = jax.tree.map(lambda _: None, params), params
     else:
+        if plan.method == "qlora":
+            params = quantise(params, "nf4", layouts=layouts)
         targets = plan.targets[0] if len(plan.targets) == 1 else list(plan.targets)
         frozen, trained = jax.eval_shape(lambda p: jlora.lorafy(p, plan.rank, targets=targets, layouts=layouts), params)
     tx = optax.adamw(1e-4)

@@ -39,13 +39,11 @@ def compile_for(plan: PlanConfig, timeout: float = 1800) -> dict[str, Any]:
     """What the compiler says of one training step: {arguments, temporaries, outputs, aliased, code, peak (bytes a
     device), flops, estimated_cycles, collectives (bytes a step by kind), seconds}.
 
-    Raises ImportError without libtpu; ValueError for a GPU, QLoRA, or a program the compiler refuses, such as one
+    Raises ImportError without libtpu; ValueError for a GPU, or a program the compiler refuses, such as one
     that does not fit (its own words in the error).
     """
     if not topology(plan.topology).compiler:
         raise ValueError(f"{plan.topology} is no TPU: GPUs are planned by formula")
-    if plan.method == "qlora":
-        raise ValueError("qlora is planned by formula: its 4-bit kernels are not compiled here")
     if not available():
         raise ImportError('compiling for a TPU needs libtpu: pip install "jlora[tpu]"')
     done = subprocess.run(

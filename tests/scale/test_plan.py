@@ -67,7 +67,10 @@ def test_the_command_puts_methods_side_by_side(capsys):
     plans = json.loads(capsys.readouterr().out)["side_by_side"]
     assert list(plans) == ["lora", "full", "merged", "qlora"]
     held = {name: told["GB_a_device"] for name, told in plans.items()}
-    assert held["qlora"]["base"] < 0.4 * held["lora"]["base"]
+    assert plans["qlora"]["parameters"] == plans["lora"]["parameters"]
+    kernels = LLAMA_8B - 2 * 128256 * 4096  # but for norms: 4 bits, and 8.25 / 64 of scales (QLoRA, section 3)
+    nf4 = (kernels * (4 + 8.25 / 64) / 8 + 2 * 128256 * 4096 * 2) / 8 / 1e9
+    assert held["qlora"]["base"] == pytest.approx(nf4, rel=0.02)
     assert held["full"]["optimiser"] > 10 * held["lora"]["optimiser"] and held["full"]["base"] == 0
     assert held["full"]["total"] > held["merged"]["total"] > held["lora"]["total"] > held["qlora"]["total"]
     main(["plan", "--compare", "full", "qlora"])
