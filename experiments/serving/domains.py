@@ -1,10 +1,11 @@
 """Four adapters on one base, one a domain, and how each does on every domain's held-out rows.
 
-    python experiments/serving/domains.py [--output runs] [--steps 80] [--only tweets] [--json FILE]
+    python experiments/serving/domains.py [--output runs] [--steps 80] [--rows 200] [--only tweets] [--json FILE]
 
 Snippets rated by people (Hutto & Gilbert 2014), answered by " positive" or " negative"; settings of
-experiments/domains.yaml. An adapter that is there already is not trained again. Prints two tables, exact answers and
-loss (nats a token), a row an adapter and a column a domain; then `jlora serve --adapters runs/` serves them.
+experiments/domains.yaml. An adapter that is there already is not trained again, one that was cut off goes on. Prints
+two tables, exact answers and loss (nats a token), a row an adapter and a column a domain; then
+`jlora serve --adapters runs/` serves them.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def config_of(domain: str, output: Path, steps: int) -> TrainConfig:
     return TrainConfig(**{**given, "data": f"pip:{domain}", "output": str(output / domain), "steps": steps})
 
 
-def crossed(configs: dict[str, TrainConfig]) -> dict[str, dict[str, dict[str, float]]]:
-    """{adapter ("none": the base): {domain: {exact, first, loss}}} on the rows that training did not see."""
+def crossed(configs: dict[str, TrainConfig], rows: int) -> dict[str, dict[str, dict[str, float]]]:
+    """{adapter ("none": the base): {domain: {exact, first, loss}}} on `rows` a domain that training did not see."""
     some = next(iter(configs.values()))
     base = load(some.model)
     tests = {}
     for domain, config in configs.items():
-        held_out = split_rows(rows_of(config, config.data), config.held_out, config.seed)[1]
+        held_out = split_rows(rows_of(config, config.data), config.held_out, config.seed)[1][:rows]
         examples = tokens_of(held_out, base, config, domain)
         tests[domain] = BatchSource(examples, config.batch, bucket_lengths(examples, 2))
     judge = make_eval_step(objective(some, base))
@@ -48,8 +49,8 @@ def crossed(configs: dict[str, TrainConfig]) -> dict[str, dict[str, dict[str, fl
         if name == "none":  # the same program, the difference zero
             lora = jlora.lorafy(base.params, config=jlora_config(some), layouts=base.layouts)[1]
         table[name] = {}
-        for domain, rows in tests.items():
-            found = evaluate(judge, lora, base.params, (rows[n] for n in range(len(rows))))
+        for domain, testing in tests.items():
+            found = evaluate(judge, lora, base.params, (testing[n] for n in range(len(testing))))
             table[name][domain] = {key: float(found[key]) for key in ("exact", "first", "loss")}
             say(f"{name} on {domain}: {table[name][domain]}")
     return table
@@ -76,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rows", type=int, default=200, help="held-out rows a domain in the table")
     parser.add_argument("--only", choices=list(DOMAINS), help="train this one, print no table")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -85,7 +87,7 @@ def main() -> None:
             train(dataclasses.replace(config, resume=(given.output / domain / "checkpoints").exists()))
     if given.only:
         return
-    table = crossed(configs)
+    table = crossed(configs, given.rows)
     for figure, form in (("exact", "{:.1%}"), ("loss", "{:.3f}")):
         print(markdown(table, figure, form), end="\n\n")
     if given.json:

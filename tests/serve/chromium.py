@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -20,16 +21,15 @@ class Chromium:
     """One tab. `errors`: what its console said of errors."""
 
     def __init__(self, folder):
-        read, self.out = os.pipe()
-        self.into, write = os.pipe()
-        # the browser reads its file 3 and writes its file 4
-        shell = f'exec {BINARY} "$@" 3<&{read} 4>&{write} {read}<&- {write}>&-'
+        (read, self.out), (self.into, write) = os.pipe(), os.pipe()
+        # the browser reads its file 3 and writes its file 4, which these may be themselves: they are moved up first
+        given = [fcntl.fcntl(file, fcntl.F_DUPFD, 10) for file in (read, write)]
+        shell = 'exec {} "$@" 3<&{} 4>&{} {}<&- {}>&-'.format(BINARY, *given, *given)
         command = ["/bin/bash", "-c", shell, "chromium", *FLAGS, f"--user-data-dir={folder}", "about:blank"]
-        self.process = subprocess.Popen(
-            command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(read)
-        os.close(write)
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, pass_fds=given, stdout=quiet, stderr=quiet)
+        for file in (read, write, *given):
+            os.close(file)
         self.numbers, self.held, self.session, self.errors = itertools.count(1), b"", None, []
         targets = self.ask("Target.getTargets")["targetInfos"]
         target = next(t["targetId"] for t in targets if t["type"] == "page")

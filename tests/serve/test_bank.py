@@ -20,10 +20,10 @@ TOKENS = jax.random.randint(jax.random.key(9), (5, 7), 0, 15)
 
 
 def adapter(params, seed, rank=4, targets="all-linear", layouts=None):
-    _, lora = jlora.lorafy(params, rank, alpha=3.0, key=jax.random.key(seed), targets=targets, layouts=layouts)
-    keys = iter(jax.random.split(jax.random.key(seed + 100), 99))
-    random = lambda e: dataclasses.replace(e, lora_b=0.2 * jax.random.normal(next(keys), e.lora_b.shape))
-    return jax.tree.map(random, lora, is_leaf=lambda e: isinstance(e, jlora.lora.LoraFactors))
+    """Random factors, by numpy: nothing is compiled."""
+    shapes = jax.eval_shape(lambda: jlora.lorafy(params, rank, alpha=3.0, targets=targets, layouts=layouts)[1])
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda like: draw.normal(0, 0.2, like.shape).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["scan", "layers"])
@@ -101,6 +101,25 @@ def test_the_longest_unused_makes_room_but_not_a_pinned_one(made):
     bank.unpin("c")
     bank.add("b", adapters["b"])
     assert "a" in bank and "c" not in bank
+
+
+def test_a_thousand_are_resident_and_each_is_itself(made):
+    model, params, adapters = made
+    is_factors = lambda e: isinstance(e, jlora.lora.LoraFactors)
+
+    def scaled(n):
+        return jax.tree.map(lambda e: dataclasses.replace(e, scaling=n / 500), adapters["b"], is_leaf=is_factors)
+
+    bank = AdapterBank(params, capacity=1000, rank=2)
+    for n in range(1000):
+        bank.add(n, scaled(n))
+    names = [3, 999, 500, None, 250]
+    apply = jax.jit(jlora.lift(model.apply, strict=True))
+    out = apply({"params": jlora.combine(params, bank.tree(names))}, TOKENS)
+    assert len(bank) == 1000
+    for n, name in enumerate(names):
+        merged = jlora.merge(params, scaled(name or 0))
+        np.testing.assert_allclose(out[n], apply({"params": merged}, TOKENS[n : n + 1])[0], atol=1e-5)
 
 
 def test_what_does_not_fit_is_named(made):

@@ -190,6 +190,31 @@ def test_adapters_come_and_go_but_only_from_their_folders(served, tmp_path):
     assert set(Folders([folder]).found()) == set(NAMES)
 
 
+def test_swapping_an_adapter_under_load_drops_and_mixes_nothing(served):
+    load = {"lora_name": "swap", "load_inplace": True}
+    path = lambda n: ("film", "news")[n % 2]
+    assert served.post("/v1/load_lora_adapter", **load, lora_path=path(0)).status_code == 200
+    wanted, over, answers = {want(served, name, count=12)[0] for name in ("film", "news")}, threading.Event(), []
+
+    def ask():
+        while not over.is_set():
+            answers.append(served.post("/v1/completions", model="swap", prompt=PROMPT, temperature=0, max_tokens=12))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for n in range(1, 21):
+        assert served.post("/v1/load_lora_adapter", **load, lora_path=path(n)).status_code == 200
+        seen = len(answers)
+        until(lambda seen=seen: len(answers) > seen)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["choices"][0]["text"] for answer in answers} == wanted and len(wanted) == 2
+    assert served.post("/v1/unload_lora_adapter", lora_name="swap").status_code == 200
+
+
 def slowed(monkeypatch, engine):
     step = engine.advance
     monkeypatch.setattr(engine, "advance", lambda: (time.sleep(0.05), step()))
