@@ -16,7 +16,7 @@ import jax
 from jlora.leaves import is_implicit
 from jlora.tree import nbytes, paths
 
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?\w+\[([\d,]*)\]\S* ([\w\-]+)\((.*)$")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?(\w+)\[([\d,]*)\]\S* ([\w\-]+)\((.*)$")
 PRODUCTS = {"dot", "convolution"}
 SUMS = {"add", "subtract"}
 
@@ -93,12 +93,14 @@ def signatures(weights: dict[str, Any]) -> dict[Shape, list[str]]:
 def in_program(text: str, weights: dict[str, Any]) -> list[str]:
     """Instructions that compute something of a frozen matrix's shape, as sentences."""
     lines = [match.groups() for match in map(INSTRUCTION.match, text.splitlines()) if match]
-    dims = {name: [int(n) for n in size.split(",") if n] for name, size, _, _ in lines}
+    dims = {name: [int(n) for n in size.split(",") if n] for name, _, size, _, _ in lines}
     known = signatures(weights)
     problems = []
-    for name, _, opcode, rest in lines:
+    for name, kind, _, opcode, rest in lines:
         paths_here = known.get(wide(dims[name]))
         if not paths_here or opcode not in PRODUCTS | SUMS:
+            continue
+        if opcode in SUMS and "f" not in kind:  # of integers: the codes of a quantised weight, less their zero
             continue
         who = ", ".join(paths_here[:3]) + (" ..." if len(paths_here) > 3 else "")
         if opcode in SUMS:

@@ -46,8 +46,10 @@ def merged(lora, frozen, x):
     return jnp.mean(model(jlora.merge(frozen, lora), x) ** 2)
 
 
-def test_an_honest_step_passes():
+@pytest.mark.parametrize("codes", [False, True])
+def test_an_honest_step_passes(codes):
     params, x, layouts = setting()
+    params = jlora.quantise(params, "int4", layouts=layouts) if codes else params
     frozen, lora = jlora.lorafy(params, 2, layouts=layouts)
     tx = optax.adam(1e-3)
     report = jlora.audit(
