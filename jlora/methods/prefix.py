@@ -9,7 +9,7 @@ P-tuning's reparameterisation: the embeddings are a small network's outputs, whi
 The model is not edited: the embedding answers for more ids than it has rows, and the products with the key and value
 weights replace their input's first columns. Masks, positions and the cache are the model's own; the caller gives it n
 more columns (`columns`) and drops their outputs (`with_prefix`). Departures: the trained activations of a layer stand
-after its LayerNorm; infixes are of the embedding alone.
+after its LayerNorm and start near zero (`prefix_kv` says why); infixes are of the embedding alone.
 """
 
 from __future__ import annotations
@@ -211,9 +211,15 @@ def embedding(
 
 
 def layer(
-    params: Any, n: int, *, layouts: Mapping[str, Any] | None = None, dtype: Any = jnp.float32, key: Any = None
+    params: Any,
+    n: int,
+    *,
+    layouts: Mapping[str, Any] | None = None,
+    size: float = 0.02,
+    dtype: Any = jnp.float32,
+    key: Any = None,
 ) -> tuple[Any, Any]:
-    """(frozen, trained): n trained columns for every attention's keys and values, drawn from N(0, 1).
+    """(frozen, trained): n trained columns for every attention's keys and values, drawn from N(0, size²).
 
     A fused weight (GPT-2's c_attn) makes their queries too, which nothing reads.
     Raises ValueError where key and value weights are not found side by side (`points.POINTS` names them).
@@ -234,7 +240,7 @@ def layer(
         layout = layout_of(f"{module}/{names[0]}", w, layouts)
         stack, inputs = axes_of(layout, "s"), axes_of(layout, "i")
         shape = (*(w.shape[ax] for ax in stack), n, *(w.shape[ax] for ax in inputs))
-        drawn = jax.random.normal(leaf_key(key, module), shape).astype(dtype)
+        drawn = (size * jax.random.normal(leaf_key(key, module), shape)).astype(dtype)
         made[module] = (None, PrefixLayer(drawn, (*stack, RANK, *inputs), tuple(names)))
     return plant(params, made)
 

@@ -3,7 +3,9 @@
 Li & Liang 2021 (2101.00190), without the network that makes them; 2 * L * e * n numbers, e the width of a layer's keys,
 where `prefix.layer` trains the activations before the frozen projections (L * d * n, as Hu et al. count). Any decoder
 with a cache takes it, GPT-2's fused projection and normed keys too: nothing of the model is in the way. Keys are as the
-cache holds them, after the rotary positions 0 .. n - 1.
+cache holds them, after the rotary positions 0 .. n - 1. Departure: they start near zero, not at N(0, 1): SmolLM2's
+loss on reviews before any step is 6.9 alone, 5.9 after 8 columns of zeros, 16.8 after 8 of N(0, 1) (trained activations
+of `prefix.layer` likewise: 5.9 and 20.1).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class KeptColumns(Adapter):
 
 
 def make(
-    params: Any, n: int, *, layouts: Any = None, size: float = 1.0, dtype: Any = jnp.float32, key: Any = None
+    params: Any, n: int, *, layouts: Any = None, size: float = 0.02, dtype: Any = jnp.float32, key: Any = None
 ) -> tuple[Any, KeptColumns]:
     """(frozen, trained): n columns of every attention, drawn from N(0, size²).
 
