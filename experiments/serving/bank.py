@@ -3,7 +3,7 @@
     python experiments/serving/bank.py [--rows 64] [--resident 1000] [--repeats 15] [--layers 30] [--json FILE]
 
 SmolLM2-135M's shape, random weights, rank 8 on q and v, float32: a decoding step of `rows` requests with 32 tokens in
-each cache, and the reading of `rows` prompts of 32 tokens. Programs run in turn; the figures are medians, and the
+each cache, and the reading of `rows` prompts of 16 tokens. Programs run in turn; the figures are medians, and the
 ratios medians over rounds of merged / bank, so 1.00 is the merged model's throughput. "cpu" is the time of all threads,
 which on a machine that others use says more than the clock.
 """
@@ -50,8 +50,8 @@ class Work:
         return new
 
     def read(self) -> Any:
-        tokens = np.tile(np.arange(32, dtype=np.int32), (len(self.rows), 1))
-        counts = np.full(len(self.rows), 32, np.int32)
+        tokens = np.tile(np.arange(16, dtype=np.int32), (len(self.rows), 1))
+        counts = np.full(len(self.rows), 16, np.int32)
         return prefill(self.model, self.params, self.bank, tokens, counts, self.rows, self.how)[0]
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     assert all((tokens == same[0]).all() for tokens in same), "the bank's tokens are not the merged model's"
     found = {
         "a decoding step": paired({name: work.step for name, work in works.items()}, given.repeats),
-        "32 tokens of prompt": paired({name: work.read for name, work in works.items()}, given.repeats),
+        "16 tokens of prompt": paired({name: work.read for name, work in works.items()}, given.repeats),
     }
     print(f"{jax.devices()[0].device_kind}, {given.rows} rows, {given.layers} layers, {given.repeats} rounds\n")
     for what, figures in found.items():

@@ -68,11 +68,16 @@ class Shelf:
             for key in [k for k in self.bank.slots if isinstance(k, Held) and self.held.get(k.name) is not k]:
                 if key not in self.bank.pins:  # dropped or replaced, and no longer in use
                     self.bank.remove(key)
+            self.same(held)
             lora = self.read(held.folder)
-            if stamp_of(held.folder) != held.stamp:
-                raise ValueError(f"{held.folder} was written over since it was loaded as {held.name!r}: load it again")
+            self.same(held)  # written over meanwhile
             self.bank.add(held, lora)
         return self.bank.pin(held)
+
+    def same(self, held: Held) -> None:
+        """Raises ValueError where the file is no longer the one that was offered."""
+        if stamp_of(held.folder) != held.stamp:
+            raise ValueError(f"{held.folder} was written over since it was loaded as {held.name!r}: load it again")
 
     def unpin(self, held: Held | None) -> None:
         """Raises nothing for one that is not pinned."""

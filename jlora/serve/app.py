@@ -163,7 +163,8 @@ class Server:
     def check(self, event: Event) -> None:
         """Raises BadRequest for an end that is no answer."""
         if event.finish in STATUS:
-            raise BadRequest(event.message or event.finish or "", status=STATUS[event.finish])
+            # nobody reads the first; it is for the metrics, by the number that proxies use
+            raise BadRequest(event.message, status=499 if event is GONE else STATUS[event.finish])
 
     async def rest(self, events: asyncio.Queue[Event], event: Event) -> str:
         text = event.text

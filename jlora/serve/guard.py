@@ -7,6 +7,8 @@ import hashlib
 import hmac
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from jlora.serve.schema import BadRequest
 
 OPEN = ("/", "/health")
@@ -48,6 +50,8 @@ async def read_body(request: Any, most: int, seconds: float) -> bytes:
                 body += chunk
                 if len(body) > most:
                     raise large
+    except ClientDisconnect:
+        raise BadRequest("the client has gone", status=499) from None
     except TimeoutError:
         raise BadRequest(f"the body did not come within {seconds:g} s", status=408) from None
     return bytes(body)

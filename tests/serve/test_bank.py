@@ -178,3 +178,10 @@ def test_a_shelf_reads_from_disk_and_keeps_versions(tmp_path):
     np.testing.assert_allclose(out(third), alone(2), atol=1e-5)
     with pytest.raises(FileNotFoundError, match="adapter_config"):
         shelf.put("absent", tmp_path)
+    for held in (new, third):
+        shelf.unpin(held)
+    later, other = shelf.put("later", tmp_path / "0"), shelf.put("other", tmp_path / "2")
+    save_peft(tmp_path / "0", trees[1], jlora.LoraConfig(r=2, lora_alpha=3), base.tensors, "small")
+    with pytest.raises(ValueError, match="0 was written over since it was loaded as 'later'"):
+        shelf.pin(later)
+    assert shelf.pin(other)

@@ -233,6 +233,32 @@ def test_a_client_that_goes_frees_its_slot(served, stream, monkeypatch):
     assert not served.engine.shelf.bank.pins
 
 
+def test_stopping_lets_answers_end_and_takes_no_more(place, monkeypatch):
+    served = Served(*place)
+    try:
+        slowed(monkeypatch, served.engine)
+        body = {
+            "model": "film",
+            "prompt": PROMPT,
+            "max_tokens": 12,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with served.http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            served.server.should_exit = True  # all that SIGTERM's handler does
+            until(lambda: not served.server.servers[0].sockets)
+            with pytest.raises(OSError, match="refused"):
+                served.raw("", "")
+            rest = list(lines)
+        assert first.startswith("data: {") and rest[-2:] == ["data: [DONE]", ""]
+        assert '"finish_reason": "length"' in rest[-4]
+    finally:
+        served.close()
+
+
 def test_metrics_and_health(served):
     assert served.http.get("/health").json() == {"status": "ok"}
     text = served.http.get("/metrics").text
