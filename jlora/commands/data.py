@@ -31,6 +31,8 @@ class DataConfig:
     """Rows to take from the start; 0: all."""
     columns: tuple[str, ...] = ()
     """Columns renamed, "new=old" each."""
+    header: bool = True
+    """Whether a CSV or TSV begins with its columns' names; without, they are "1", "2", ..."""
     prompt: str | None = None
     """Prompt of a row as a template of its columns: "{mr} ->"."""
     completion: str | None = None
@@ -40,7 +42,7 @@ class DataConfig:
 
 def data_command(config: DataConfig) -> dict[str, Any]:
     """{rows, kinds, length (quantiles), cut, padded_lengths, ...}; the rendered rows go to stderr."""
-    columns = Columns(config.columns, config.prompt, config.completion)
+    columns = Columns(config.columns, config.prompt, config.completion, header=config.header)
     rows = read_rows(config.data, split=config.split, columns=columns, limit=config.limit)
     base = load(config.model, weights=False)
     if base.tokenizer is None:

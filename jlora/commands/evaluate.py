@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import jlora
-from jlora.commands.settings import say, scheme
-from jlora.data import BatchSource, Columns, Row, bucket_lengths, read_rows, tokenise_rows
-from jlora.generate import GenerateConfig, generate_text
-from jlora.io import Pretrained, load
+from jlora.commands.measure import TEXT_DRAWS, Measure, compared, of_pairs, of_sums, of_texts
+from jlora.commands.settings import TrainConfig, say
+from jlora.commands.tasks import Answers, Labels, Pairs, task_of
+from jlora.commands.tasks.labels import predictions
+from jlora.commands.written import questions, write
+from jlora.data import BatchSource, Columns, Row, bucket_lengths, read_rows
+from jlora.io import Pretrained
 from jlora.io.adapters import load_adapter
 from jlora.methods.columns import reading
-from jlora.train import Sums, example_sums
-from jlora.train.metrics import interval, text_metric
+from jlora.train import example_sums
+from jlora.train.labels import outputs
+from jlora.train.metrics import text_metric
 from jlora.train.report import Reporter
-
-RATIOS = {"loss": "tokens", "token_accuracy": "tokens", "exact": "examples", "first": "examples"}
-FIELDS = {"token_accuracy": "right"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate a model, and an adapter on it, on rows of prompts and answers."""
+    """Evaluate a model, and an adapter on it, on rows of answers, labels or preferences."""
 
     model: str
     """Short name, Hub id, folder in Hub format, or .gguf file."""
@@ -39,6 +37,8 @@ class EvalConfig:
     """Of a Hub set."""
     columns: tuple[str, ...] = ()
     """Columns renamed, "new=old" each."""
+    header: bool = True
+    """Whether a CSV or TSV begins with its columns' names; without, they are "1", "2", ..."""
     prompt: str | None = None
     """Prompt of a row as a template of its columns: "{mr} ->"."""
     completion: str | None = None
@@ -59,84 +59,86 @@ class EvalConfig:
 
 
 def evaluate_command(config: EvalConfig) -> dict[str, Any]:
-    """{base, adapter, difference}: loss (nats a token), perplexity, token accuracy, exact answers, metrics; each of
-    the first with a 95 % bootstrap interval over rows, the difference's over pairs. Raises what `load` raises.
+    """{base, adapter, difference}: what there is to say of the rows, each figure with a 95 % bootstrap interval over
+    rows, the difference's over pairs. Answers: loss (nats a token), perplexity, token accuracy, exact answers, and
+    `metrics`; labels: accuracy, F1, Matthews, or Pearson, Spearman; preferences: how often the chosen answer is the
+    likelier. Raises what `load` raises.
     """
-    metrics = {name.rpartition(":")[2]: text_metric(name) for name in config.metrics}
-    columns = Columns(config.columns, config.prompt, config.completion)
+    for name in config.metrics:
+        text_metric(name)
+    columns = Columns(config.columns, config.prompt, config.completion, header=config.header)
     rows = read_rows(config.data, split=config.split, columns=columns, limit=config.limit)
-    base = load(config.model, dtype=jnp.dtype(config.dtype), quantise=scheme(config.quantise))
-    if base.tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer")
-    examples, cut = tokenise_rows(rows, base.tokenizer, config.max_length)
-    testing = BatchSource(examples, config.batch, bucket_lengths(examples, config.buckets))
-    judge = jax.jit(jlora.lift(example_sums(base.model)))
-    trees = {"base": (base, judge, base.params)}
+    settings = TrainConfig(
+        config.model,
+        config.data,
+        adapter=config.adapter,
+        loss="dpo" if any(row.kind == "preference" for row in rows) else "answers",
+        metrics=config.metrics,
+        batch=config.batch,
+        max_length=config.max_length,
+        buckets=config.buckets,
+        dtype=config.dtype,
+        quantise=config.quantise,
+        remat="none",
+    )
+    task = task_of(settings, rows)
+    base = task.load()
+    examples = task.examples(rows, base, config.data)
+    models: dict[str, tuple[Pretrained, Any]] = {"base": (base, base.params)}
     if config.adapter:
         frozen, lora, _ = load_adapter(base, config.adapter)
         tuned = dataclasses.replace(base, model=reading(base.model, frozen, lora))
-        own = judge if tuned.model is base.model else jax.jit(jlora.lift(example_sums(tuned.model)))
-        trees["adapter"] = (tuned, own, jlora.combine(frozen, lora))
-    report: dict[str, Any] = {"rows": len(rows), "cut": cut}
-    held = {}
-    for name, (model, judge, params) in trees.items():
-        held[name] = each_example(name, judge, params, testing)
-        report[name] = figures(held[name], config.draws)
-        if metrics:
-            report[name] |= written(model, params, rows, metrics, config)
-    if config.adapter:
-        report["difference"] = difference(held["base"], held["adapter"], config.draws)
+        models["adapter"] = (tuned, jlora.combine(frozen, lora))
+    report: dict[str, Any] = {"rows": len(rows), "cut": task.cut}
+    if isinstance(task, Labels):
+        return report | of_labels(task, models, examples, config.draws)
+    return report | of_answers(task, models, examples, rows, config)
+
+
+def of_labels(task: Labels, models: dict[str, tuple[Pretrained, Any]], examples: list[Any], draws: int) -> Any:
+    """The parts of the report where rows have labels. A base whose head was drawn afresh is left out."""
+    if models["base"][0].fresh:
+        say("the checkpoint holds no head for these labels: only the adapter's is evaluated")
+        del models["base"]
+    if not models:
+        raise ValueError("labels need a head: give an adapter that has one, or a checkpoint with a classifier")
+    measures: dict[str, Measure] = {}
+    for name, (model, params) in models.items():
+        said = jax.jit(jlora.lift(outputs(model.model)))
+        with Reporter(len(testing := task.testing(examples)), label=f"evaluating {name}") as bar:
+            found = predictions(
+                lambda batch, said=said, params=params: said(params, batch), testing, progress=bar.update
+            )
+        measures[name] = lambda at, found=found: task.figures(found[0][at], found[1][at])
+    return compared(measures, len(examples), draws)
+
+
+def of_answers(
+    task: Answers,
+    models: dict[str, tuple[Pretrained, Any]],
+    examples: list[Any],
+    rows: list[Row],
+    config: EvalConfig,
+) -> dict[str, Any]:
+    """The parts of the report for answers and preferences."""
+    measures: dict[str, Measure] = {}
+    texts: dict[str, Measure] = {}
+    paired = isinstance(task, Pairs)
+    sequences = task.flat(examples)
+    # in the given order, one shape: pairs must stay together
+    lengths = bucket_lengths(sequences, 1 if paired else config.buckets)
+    testing = BatchSource(sequences, config.batch, lengths)
+    references = questions(rows) if config.metrics else {}
+    for name, (model, params) in models.items():
+        each = jax.jit(jlora.lift(example_sums(model.model)))
+        measure, held = of_sums(name, lambda batch, each=each, params=params: each(params, batch), testing)
+        measures[name] = of_pairs(held) if paired else measure
+        if references:
+            how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch": config.batch}
+            answers = write(model, params, list(references), **how)
+            texts[name] = of_texts(config.metrics, answers, list(references.values()))
+    report = compared(measures, len(examples), config.draws)
+    if references:
+        for name, found in compared(texts, len(references), min(config.draws, TEXT_DRAWS)).items():
+            report[name] |= found
     return report
-
-
-def each_example(name: str, judge: Any, params: Any, testing: BatchSource) -> dict[str, np.ndarray]:
-    """`Sums`' fields, f64 [n] each, an entry an example, in the source's order."""
-    parts = []
-    with Reporter(len(testing), label=f"evaluating {name}") as bar:
-        for n in range(len(testing)):
-            sums = jax.device_get(judge(params, testing[n]))
-            there = np.asarray(sums.examples) > 0
-            parts.append([np.asarray(x, np.float64)[there] for x in sums])
-            bar.update(n + 1)
-    return {field: np.concatenate(x) for field, x in zip(Sums._fields, zip(*parts, strict=True), strict=True)}
-
-
-def ratio(held: dict[str, np.ndarray], name: str, at: Any = slice(None)) -> float:
-    """One figure over the examples `at`."""
-    return float(held[FIELDS.get(name, name)][at].sum() / held[RATIOS[name]][at].sum())
-
-
-def figures(held: dict[str, np.ndarray], draws: int) -> dict[str, Any]:
-    """Each figure and, under NAME_interval, its interval."""
-    out: dict[str, Any] = {}
-    for name in RATIOS:
-        out[name] = ratio(held, name)
-        out[f"{name}_interval"] = interval(lambda at, name=name: ratio(held, name, at), len(held["loss"]), draws)
-    out["perplexity"] = math.exp(min(out["loss"], 700.0))
-    return {**out, "tokens": float(held["tokens"].sum()), "examples": float(held["examples"].sum())}
-
-
-def difference(base: dict[str, np.ndarray], adapter: dict[str, np.ndarray], draws: int) -> dict[str, Any]:
-    """Adapter minus base, on the same rows drawn together."""
-    out: dict[str, Any] = {}
-    for name in RATIOS:
-        apart = lambda at, name=name: ratio(adapter, name, at) - ratio(base, name, at)
-        out[name] = apart(slice(None))
-        out[f"{name}_interval"] = interval(apart, len(base["loss"]), draws)
-    return out
-
-
-def written(base: Pretrained, params: Any, rows: list[Row], metrics: Any, config: EvalConfig) -> dict[str, float]:
-    """The metrics of greedy answers. Rows of the same prompt are one question with several references."""
-    references: dict[str, list[str]] = {}
-    for row in rows:
-        if row.kind != "answer":
-            raise ValueError(f"{row.where}: metrics of written answers need rows of prompt and completion")
-        references.setdefault(row.prompt, []).append(row.completion.strip())
-    prompts, texts = list(references), []
-    how = GenerateConfig(max_new_tokens=config.max_new_tokens)
-    for n in range(0, len(prompts), config.batch):
-        some = prompts[n : n + config.batch]
-        texts += [t.strip() for t in generate_text(base.model, params, base.tokenizer, some, how)]
-    say(f"{len(texts)} answers written; the first: {texts[0]!r}")
-    return {name: metric(texts, list(references.values())) for name, metric in metrics.items()}

@@ -29,13 +29,10 @@ def init_state(trained: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(trained, tx.init(trained), jnp.zeros((), jnp.int32))
 
 
-def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: int = 0, accumulate: int = 1) -> Any:
-    """step(state, frozen, batch) -> (state, metrics), jitted, the state donated.
+def advance(sums_fn: SumsFn, tx: optax.GradientTransformation, accumulate: int = 1) -> Callable[..., Any]:
+    """f(trained, opt_state, frozen, batch, key, rate=1) -> (trained, opt_state, `Sums`, gradient's norm): one step.
 
-    The loss is the mean over labels. With `accumulate` > 1 the batch has that leading axis; gradients of the *sum*
-    are added and divided by all labels at the end, so the step equals one with the big batch.
-    metrics: `Sums` of the step's batch and the gradient's norm before clipping. Where either is not finite, weights and
-    optimiser state stay as they were.
+    rate: a factor of the update.
     """
 
     def grads_of(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, Sums]:
@@ -45,31 +42,48 @@ def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: 
 
         return jax.grad(total, has_aux=True)(trained)
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, tuple[Sums, jax.Array]]:
-        # the key is a function of seed and step, so a resumed run draws what the first one would have
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def step(trained: Any, opt_state: Any, frozen: Any, batch: Any, key: jax.Array, rate: Any = None) -> Any:
         if accumulate == 1:
-            grads, sums = grads_of(state.trained, frozen, batch, key)
+            grads, sums = grads_of(trained, frozen, batch, key)
         else:
 
             def add(carry: Any, part: Any) -> tuple[Any, None]:
                 batch, key = part
-                new = grads_of(state.trained, frozen, batch, key)
+                new = grads_of(trained, frozen, batch, key)
                 return jax.tree.map(jnp.add, carry, new), None
 
             keys = jax.random.split(key, accumulate)
             first = jax.tree.map(lambda x: x[0], batch)
-            shapes = jax.eval_shape(grads_of, state.trained, frozen, first, keys[0])
+            shapes = jax.eval_shape(grads_of, trained, frozen, first, keys[0])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zeros, (batch, keys))
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1).astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        updates, new_state = tx.update(grads, opt_state, trained)
+        if rate is not None:
+            updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
         keep = lambda new, old: jnp.where(good, new, old)
-        trained = jax.tree.map(keep, trained, state.trained)
-        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        moved = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
+        return moved, jax.tree.map(keep, new_state, opt_state), sums, norm
+
+    return step
+
+
+def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: int = 0, accumulate: int = 1) -> Any:
+    """step(state, frozen, batch) -> (state, metrics), jitted, the state donated.
+
+    The loss is the mean over labels. With `accumulate` > 1 the batch has that leading axis; gradients of the *sum*
+    are added and divided by all labels at the end, so the step equals one with the big batch.
+    metrics: `Sums` of the step's batch and the gradient's norm before clipping. Where either is not finite, weights and
+    optimiser state stay as they were.
+    """
+    one = advance(sums_fn, tx, accumulate)
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, tuple[Sums, jax.Array]]:
+        # the key is a function of seed and step, so a resumed run draws what the first one would have
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trained, opt_state, sums, norm = one(state.trained, state.opt_state, frozen, batch, key)
         return TrainState(trained, opt_state, state.step + 1), (sums, norm)
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,140 @@
+"""`jlora train` and `jlora eval` on labels and on preferences."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.cli import main
+from tests.small import WORDS, small_model
+
+PAIRS = {"good": " positive", "fine": " positive", "bad": " negative", "awful": " negative"}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A small random BERT without a head, in Hub format, with a word tokenizer that knows pairs."""
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from jlora.io.save import hub_arrays
+    from jlora.models.bert import Bert, BertConfig, hf_tensors
+
+    folder = tmp_path_factory.mktemp("encoder")
+    names = ["<pad>", "<cls>", "<sep>", *WORDS]
+    config = BertConfig(len(names), 32, 48, 2, 4, max_position_embeddings=32)
+    params = Bert(config, head="pooled").init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    save_file(dict(hub_arrays(hf_tensors(config, head="pooled"), params, np.float32)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "architectures": ["BertModel"]}))
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    both = {"single": "<cls> $A <sep>", "pair": "<cls> $A <sep> $B:1 <sep>:1"}
+    words.post_processor = processors.TemplateProcessing(**both, special_tokens=[("<cls>", 1), ("<sep>", 2)])
+    special = {"unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def result(capsys, *args):
+    main(list(args))
+    return json.loads(capsys.readouterr().out)
+
+
+FAST = ["--steps", "40", "--batch", "16", "--buckets", "1", "--learning-rate", "0.01", "--targets", "query", "value"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_classes_of_pairs_are_learnt_and_the_head_goes_into_peft_s_file(encoder, tmp_path, capsys):
+    data = tmp_path / "pairs.tsv"  # as GLUE's: no header, a label by name
+    lines = [f"{PAIRS[b].strip()}\t{a} film\t{b} film" for a in PAIRS for b in PAIRS for _ in range(2)]
+    data.write_text("\n".join(lines) + "\n")
+    columns = ["--no-header", "--columns", "label=1", "sentence1=2", "sentence2=3"]
+    place = ["--json", "--model", encoder, "--data", str(data), *columns]
+    report = result(capsys, "train", *place, "--eval-data", str(data), "--output", str(tmp_path / "run"), *FAST)
+    assert report["after"]["loss"] < 0.5 * report["before"]["loss"] and report["after"]["accuracy"] > 0.85
+    adapter = tmp_path / "run" / "adapter"
+    held = json.loads((adapter / "adapter_config.json").read_text())
+    assert (held["task_type"], held["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
+    assert json.loads((adapter / "classes.json").read_text()) == ["negative", "positive"]
+    judged = result(capsys, "eval", *place, "--adapter", str(adapter), "--draws", "20")
+    assert "base" not in judged  # its head is noise
+    for name in ("loss", "accuracy", "f1", "matthews"):
+        assert judged["adapter"][name] == pytest.approx(report["after"][name], abs=1e-5)
+        low, high = judged["adapter"][f"{name}_interval"]
+        assert low <= judged["adapter"][name] <= high
+
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification
+
+    from jlora.io import load
+    from jlora.io.adapters import load_adapter
+    from jlora.lora import merge
+
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2), adapter
+    ).eval()
+    tokens = np.array([[1, 8, 12, 2, 9, 12, 2]])
+    types = np.array([[0, 0, 0, 0, 1, 1, 1]])
+    base = load(encoder, head="classify", labels=2)
+    frozen, lora, _ = load_adapter(base, adapter)
+    ours = base.model.apply({"params": merge(frozen, lora)}, tokens, token_type_ids=types)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens), token_type_ids=torch.tensor(types)).logits.numpy()
+    np.testing.assert_allclose(ours, want, atol=1e-5)
+
+
+def test_numbers_are_learnt(encoder, tmp_path, capsys):
+    data = tmp_path / "scores.jsonl"
+    score = {"good": 4.5, "fine": 3.0, "bad": 1.0, "awful": 0.0}
+    rows = [{"text": f"{word}{' film' * n}", "label": value} for word, value in score.items() for n in (1, 2, 3, 4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def near(said, want):\n    return sum(map(float, said)) / len(want)\n")
+    args = ["train", "--json", "--model", encoder, "--data", str(data), "--eval-data", str(data), *FAST]
+    args += ["--metrics", f"{tmp_path / 'mine.py'}:near", "--output", str(tmp_path / "run"), "--steps", "80"]
+    report = result(capsys, *args)
+    assert report["after"]["pearson"] > 0.95 and report["after"]["loss"] < 0.2 * report["before"]["loss"]
+    assert report["after"]["near"] == pytest.approx(np.mean(list(score.values())), abs=0.5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_preferences(loss, tmp_path, capsys):
+    model, data = small_model(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    other = {" positive": " negative", " negative": " positive"}
+    rows = [
+        {"prompt": f"Review : {word}{' film' * n} Sentiment :", "chosen": answer, "rejected": other[answer]}
+        for word, answer in PAIRS.items()
+        for n in (1, 2, 3)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = ["--json", "--model", model, "--data", str(data)]
+    args = ["--eval-data", str(data), "--loss", loss, "--steps", "20", "--batch", "12", "--buckets", "1"]
+    report = result(capsys, "train", *place, *args, "--learning-rate", "0.02", "--output", str(tmp_path / "run"))
+    assert report["after"]["accuracy"] == 1 and report["after"]["loss"] < report["before"]["loss"]
+    if loss == "dpo":
+        assert report["before"]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    judged = result(capsys, "eval", *place, "--adapter", str(tmp_path / "run" / "adapter"), "--draws", "20")
+    assert judged["adapter"]["accuracy"] == 1 and judged["difference"]["margin"] > 0.5
+
+
+def test_what_does_not_go_together(encoder, tmp_path, capsys):
+    model, data = small_model(tmp_path / "model"), tmp_path / "rows.jsonl"
+
+    def said(rows, *more):
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SystemExit):
+            main(["train", "--model", model, "--data", str(data), "--output", str(tmp_path / "run"), *more])
+        return capsys.readouterr().err
+
+    label = {"text": "good film", "label": 1}
+    assert "every row has the label '1'" in said([label])
+    assert "a decoder learns labels as answers: give prompt" in said([label, {**label, "label": 0}])
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert "needs loss: dpo or orpo" in said([pair])
+    assert "mixes rows of kinds label, preference" in said([label, pair])
+    assert "has no pairs" in said([{"prompt": "a", "completion": "b"}], "--loss", "dpo")
