@@ -16,6 +16,7 @@ import tyro
 
 COMMANDS = {
     "train": ("jlora.commands.train", "TrainConfig", "train"),
+    "sweep": ("jlora.commands.sweep", "SweepConfig", "sweep_command"),
     "eval": ("jlora.commands.evaluate", "EvalConfig", "evaluate_command"),
     "generate": ("jlora.commands.generate", "GenerateCommand", "generate_command"),
     "chat": ("jlora.commands.generate", "ChatCommand", "chat_command"),

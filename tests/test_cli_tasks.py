@@ -138,3 +138,21 @@ def test_what_does_not_go_together(encoder, tmp_path, capsys):
     assert "needs loss: dpo or orpo" in said([pair])
     assert "mixes rows of kinds label, preference" in said([label, pair])
     assert "has no pairs" in said([{"prompt": "a", "completion": "b"}], "--loss", "dpo")
+
+
+def test_a_sweep_trains_every_combination_as_train_would(tmp_path, capsys):
+    from tests.small import rows
+
+    place = ["--json", "--model", small_model(tmp_path / "model"), "--data", rows(tmp_path, 24), "--held-out", "8"]
+    place += ["--steps", "6", "--batch", "16", "--buckets", "1", "--samples", "0", "--output"]
+    grid = ["--grid", "rank=2,4", "learning-rate=0.02,0.005"]
+    report = result(capsys, "sweep", *place, str(tmp_path / "sweep"), *grid)
+    assert [trial["name"] for trial in report["trials"]][1] == "1-rank=2-learning_rate=0.005"
+    one = ["--rank", "4", "--learning-rate", "0.02"]
+    alone = result(capsys, "train", *place, str(tmp_path / "alone"), *one)
+    trial = report["trials"][2]
+    assert trial["after"]["loss"] == pytest.approx(alone["after"]["loss"], rel=1e-4)
+    assert report["best"] == min(report["trials"], key=lambda t: t["after"]["loss"])["name"]
+    with pytest.raises(SystemExit):
+        main(["sweep", *place, str(tmp_path / "other"), "--grid", "targets=q_proj"])
+    assert "NAME=VALUE,VALUE with a name of rank" in capsys.readouterr().err

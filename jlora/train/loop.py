@@ -56,6 +56,7 @@ def fit(
     bad_steps: int = 0,
     keep_bad: Callable[[Any], str] = lambda batch: "",
     stop: Stop | None = None,
+    figures: Callable[[Any, Any], dict[str, Any]] | None = None,
 ) -> TrainState:
     """Train until `steps` steps are taken. `batches`: a grain iterator. The given state is donated.
 
@@ -65,10 +66,18 @@ def fit(
     them in a row are skipped, at the next `keep_bad(batch)` writes the batch down (and says where) and
     FloatingPointError is raised. Where SIGTERM came (`stop`: what tells; a handler of its own if not given) the state
     is saved and `Interrupted` raised; it is also saved after the last step.
+    figures: (the step's sums, norm) -> the figures above, for a step that gives other ones.
     """
     if stop is None:
         with on_sigterm() as came:
-            more = {"save_every": save_every, "log": log, "after": after, "bad_steps": bad_steps, "keep_bad": keep_bad}
+            more: dict[str, Any] = {
+                "save_every": save_every,
+                "log": log,
+                "after": after,
+                "bad_steps": bad_steps,
+                "keep_bad": keep_bad,
+            }
+            more["figures"] = figures
             return fit(step, state, frozen, batches, steps=steps, checkpoints=checkpoints, stop=came, **more)
     number, bad, done = int(state.step), 0, False
     while number < steps and not done:
@@ -76,7 +85,7 @@ def fit(
         batch = next(batches)
         state, (sums, norm) = step(state, frozen, batch)
         number += 1
-        record = {"step": number, **means(jax.device_get(sums)), "grad_norm": float(norm)}
+        record = {"step": number, **(figures or plain)(*jax.device_get((sums, norm)))}
         log({**record, **filled(batch), "seconds": time.monotonic() - began})
         if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
             bad = 0
@@ -98,6 +107,11 @@ def fit(
                 checkpoints.close()
             raise Interrupted
     return state
+
+
+def plain(sums: Any, norm: Any) -> dict[str, Any]:
+    """A step's figures."""
+    return {**means(sums), "grad_norm": float(norm)}
 
 
 def filled(batch: Any) -> dict[str, int]:
