@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.03], help="of theta; the best one counts")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 1.0], help="of theta; the best one counts")
     parser.add_argument("--full-rates", type=float, nargs="+", default=[2e-5], help="of full fine-tuning")
     parser.add_argument("--smallest", type=int, default=64)
     parser.add_argument("--largest", type=int, default=1 << 17)

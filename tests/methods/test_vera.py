@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from toys import encoder, jitter, page
+from toys import jitter, page
 
 import jlora
 from jlora.io.adapters import adapter_json, read_arrays
@@ -30,8 +30,7 @@ def test_formula():
 
 
 def test_there_and_back(tmp_path):
-    _, params = encoder()
-    _, trained = VERA.make(params, 4)
+    params, trained = VERA.example()
     moved = jitter(trained)
     save_plain(tmp_path, moved, params, "base", {"method": "vera"}, {})
     _, again = load_plain(tmp_path, adapter_json(tmp_path), read_arrays(tmp_path), params)
