@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("jlora.commands.export", "ExportConfig", "export_command"),
     "serve": ("jlora.commands.serve", "ServeConfig", "serve_command"),
     "data": ("jlora.commands.data", "DataConfig", "data_command"),
+    "profile": ("jlora.commands.profile", "ProfileConfig", "profile_command"),
     "plan": ("jlora.plan", "PlanConfig", "run"),
     "doctor": ("jlora.doctor", "DoctorConfig", "run"),
     "demo": ("jlora.demo", "DemoConfig", "demo"),

@@ -1,0 +1,27 @@
+"""`profile`: the step's instructions told apart by what they do, the clock and the bytes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from jlora.profile import KINDS, kinds_of, profile
+from jlora.tree import nbytes
+from tests.cost import CONFIG, step_of
+
+
+def test_a_step_told_apart():
+    step, args = step_of("all-linear")
+    state, frozen, batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), args)
+    text = step.lower(*args).compile().as_text()
+    kinds = kinds_of(text, frozen)
+    for kind, scope in kinds.values():
+        products = re.search(r"(q|k|v|o|gate|up|down)_proj/dot_general", scope)
+        assert (kind == "matmul") == bool(products), scope
+        assert ("embed_tokens.attend" in scope) <= (kind == "loss"), scope
+    found = profile(step, state, frozen, batch, repeats=2)
+    assert set(found.by_kind) == set(KINDS) and all(seconds > 0 for seconds in found.by_kind.values())
+    assert 0 < sum(found.by_kind.values()) < 2 * jax.device_count() * max(found.seconds, 1)
+    assert found.bytes["frozen weights"] == nbytes(frozen) and found.bytes["trained"] == nbytes(state.trained)
+    assert found.bytes["temporaries"] > 3 * CONFIG.intermediate_size * 120 * 4
+    assert len(found.longest) == 10 and "a step:" in str(found)
