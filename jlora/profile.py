@@ -11,6 +11,7 @@ import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +72,29 @@ def profile(step: Any, state: Any, frozen: Any, batch: Any, *, repeats: int = 3)
                 began = time.perf_counter()
                 state = jax.block_until_ready(program(state, frozen, batch))[0]
                 times.append(time.perf_counter() - began)
-        spent = instruction_seconds(Path(folder))
-    instructions = kinds_of(program.as_text() or "", frozen)
+        instructions = kinds_of(program.as_text() or "", frozen)
+        spent = {n: s / repeats for n, s in instruction_seconds(Path(folder), instructions).items()}
     by_kind = dict.fromkeys(KINDS, 0.0)
-    known = {name: seconds / repeats for name, seconds in spent.items() if name in instructions}
-    for name, seconds in known.items():
+    for name, seconds in spent.items():
         by_kind[instructions[name][0]] += seconds
-    first = sorted(known, key=known.__getitem__, reverse=True)[:10]
-    longest = tuple((name, instructions[name][0], known[name], instructions[name][1]) for name in first)
+    first = sorted(spent, key=spent.__getitem__, reverse=True)[:10]
+    longest = tuple((name, instructions[name][0], spent[name], instructions[name][1]) for name in first)
     return Profile(min(times), by_kind, longest, held)
 
 
-def instruction_seconds(folder: Path) -> dict[str, float]:
-    """Seconds by instruction in the trace under `folder`, all devices and threads added."""
+def instruction_seconds(folder: Path, known: Container[str]) -> dict[str, float]:
+    """Seconds by `known` instruction in the trace under `folder`, all devices and threads added."""
     spent: dict[str, float] = collections.Counter()
     for file in folder.rglob("*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    name = dict(event.stats).get("hlo_op") or event.name.split(" ")[0].lstrip("%")
-                    spent[str(name)] += event.duration_ns / 1e9
+        held = jax.profiler.ProfileData.from_file(str(file))  # what it yields lives as long as it
+        for plane in held.planes:
+            on_device = plane.name.startswith("/device:")
+            for event in (event for line in plane.lines for event in line.events):
+                name = event.name.split(" ")[0].lstrip("%")
+                if name not in known and on_device:  # a GPU's events are called by their kernels
+                    name = str(dict(event.stats).get("hlo_op"))
+                if name in known:
+                    spent[name] += event.duration_ns / 1e9
     return spent
 
 

@@ -92,7 +92,8 @@ def is_linear(path: str, layouts: Mapping[str, Any] | None) -> bool:
 def letters_of(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
     """One letter an axis. Raises ValueError where neither `layouts`, a quantised leaf, nor the number of axes tells."""
     said = known(path, layouts)
-    letters = getattr(leaf, "layout", None) if said is None else str(getattr(said, "letters", said))
+    own = getattr(leaf, "layout", None)  # a quantised leaf's letters; jax's arrays have another thing of that name
+    letters = (own if isinstance(own, str) else None) if said is None else str(getattr(said, "letters", said))
     if letters is None and len(leaf.shape) == 2:
         # Equinox and torch keep `weight` as (out, in); Flax and Haiku `kernel` and `w` as (in, out)
         out_first = path.rsplit("/", 1)[-1] == "weight" and not EMBEDDING.search(path)
