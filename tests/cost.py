@@ -23,7 +23,7 @@ from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 from jlora.train import answer_sums, init_state, make_train_step
 
 BASELINE = Path(__file__).with_name("cost.json")
-TOLERANCE = {"flops": 0.02, "bytes": 0.1, "temporaries": 0.1, "copies": 0.1, "equations": 0.02}
+TOLERANCE = {"flops": 0.02, "bytes": 0.1, "temporaries": 0.1, "copies": 0.1, "equations": 0.1}
 """How much more than the baseline a figure may be: compilers for other processors differ a little."""
 
 STEPS = {
