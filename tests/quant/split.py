@@ -2,9 +2,17 @@
 
 import json
 import sys
+import tempfile
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
 
 import jlora
+from jlora import sharding
+from jlora.io import load
 from tests.scale import eight
+from tests.small import small_model
 
 plain = eight.setting
 
@@ -17,7 +25,20 @@ def quantised(scheme):
     return setting
 
 
+def loaded():
+    """Whether a base read onto a mesh has the codes of one read whole, and how up_proj's lie."""
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    at = lambda path, w: NamedSharding(mesh, sharding.specs({path: w}, eight.LAYOUTS, mesh, min_size=0)[path])
+    with tempfile.TemporaryDirectory() as folder:
+        model = small_model(folder)
+        spread, whole = (load(model, quantise="nf4", sharding=how).params for how in (at, None))
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), spread, whole)
+    spec = spread["layers"]["mlp"]["up_proj"]["kernel"].parts["codes"].sharding.spec
+    return {"run": "loaded", "same": all(jax.tree.leaves(same)), "codes": str(spec)}
+
+
 def main():
+    print(json.dumps(loaded()), flush=True)
     for text in sys.argv[1:]:
         scheme, mesh = text.split(":")
         eight.setting = quantised(scheme)

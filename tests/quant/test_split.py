@@ -41,6 +41,10 @@ def test_codes_are_gathered_and_no_weight(split, run, codes):
     assert max([size for dtypes, size in written if codes not in dtypes], default=0) < 512  # scales an output
 
 
+def test_reading_onto_a_mesh_gives_the_same_codes_in_parts(split):
+    assert split["loaded"]["same"] and split["loaded"]["codes"] == str(P(None, "fsdp", "tensor"))
+
+
 def test_the_arrays_lie_as_the_weight_where_they_divide(split):
     at = "layers/self_attn/q_proj/kernel/parts/"
     assert split[RUNS[0]]["specs"][at + "codes"] == str(P(None, "fsdp", None))
