@@ -1,5 +1,8 @@
-"""Run by test_sharding.py in a process of its own with eight simulated devices: prints one JSON object a mesh."""
+"""Eight simulated devices against one: run in a process of its own, it prints one JSON object for each argument,
+MESH[/MIN_SIZE[/FAMILY/METHOD]]: "data=8/1000000", "fsdp=4,tensor=2/0/gpt2/dora".
+"""
 
+import functools
 import json
 import sys
 
@@ -11,11 +14,20 @@ import optax
 import jlora
 from jlora import sharding
 from jlora.collectives import collectives
+from jlora.methods.columns import reading
+from jlora.methods.named import MethodConfig, make
+from jlora.models.gemma import Gemma, GemmaConfig
+from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.train import answer_sums, init_state, make_train_step
 
 CONFIG = LlamaConfig(96, 32, 64, 3, 4, 2, 8)
-LAYOUTS = {"layers/.*kernel": "sio"}
+MODELS = {
+    "llama": Llama(CONFIG, remat=True),
+    "gpt2": GPT2(GPT2Config(96, 64, 32, 3, 4), remat=True),
+    "gemma": Gemma(GemmaConfig(96, 32, 64, 3, 4, 2, 8, 8.0, 6, (True, False, True)), remat=True),
+}
+LAYOUTS = {"(layers|h)/.*kernel": "sio"}
 ROWS, LENGTH = 16, 12
 
 
@@ -34,12 +46,17 @@ def batches(count):
         }
 
 
-def setting():
-    model = Llama(CONFIG, remat=True)
+def setting(family="llama", method="lora"):
+    """(frozen, trained, objective, optimiser); Adam blows rounding up where a gradient is 0, as in some methods."""
+    model = MODELS[family]
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    frozen, lora = jlora.lorafy(params, 4, layouts=LAYOUTS, key=jax.random.key(1))
-    lifted = jlora.lift(answer_sums(model), strict=True)
-    return frozen, lora, lambda trained, frozen, batch, key: lifted(jlora.combine(frozen, trained), batch)
+    if method == "qlora":
+        params = jlora.quant.quantise(params, "nf4", layouts=LAYOUTS)
+    config = MethodConfig("lora" if method == "qlora" else method, rank=4, alpha=4, virtual_tokens=4, dimension=50)
+    frozen, trained = make(params, config, layouts=LAYOUTS, key=jax.random.key(1))
+    lifted = jlora.lift(answer_sums(reading(model, frozen, trained)), strict=method == "lora")
+    tx = optax.adamw(1e-2) if method == "lora" else optax.sgd(0.1)
+    return frozen, trained, lambda trained, frozen, batch, key: lifted(jlora.combine(frozen, trained), batch), tx
 
 
 def off(want, got):
@@ -47,10 +64,10 @@ def off(want, got):
     return float(np.max(np.abs(np.subtract(want, got)) / np.maximum(np.abs(want), 1)))
 
 
-def alone(steps):
+@functools.cache
+def alone(steps, family="llama", method="lora"):
     """(losses, adapter) of one device."""
-    frozen, lora, sums = setting()
-    tx = optax.adamw(1e-2)
+    frozen, lora, sums, tx = setting(family, method)
     step, state = make_train_step(sums, tx), init_state(lora, tx)
     losses = []
     for batch in batches(steps):
@@ -59,11 +76,10 @@ def alone(steps):
     return losses, jax.device_get(state.trained)
 
 
-def sharded(text, steps, min_size=0):
+def sharded(text, steps, min_size=0, family="llama", method="lora"):
     """(losses, adapter, collectives of the step, how the leaves lie)."""
     mesh = sharding.make_mesh(text)
-    frozen, lora, sums = setting()
-    tx = optax.adamw(1e-2)
+    frozen, lora, sums, tx = setting(family, method)
     state = init_state(lora, tx)
     spec = sharding.specs(lora, LAYOUTS, mesh, min_size=min_size)
     at = state._replace(
@@ -85,10 +101,10 @@ def sharded(text, steps, min_size=0):
 
 def main():
     steps = 3
-    losses, adapter = alone(steps)
     for text in sys.argv[1:]:
-        name, _, small = text.partition("/")
-        mine, state, moved, spec = sharded(name, steps, int(small or 0))
+        name, small, *what = [*text.split("/"), "0"] if "/" not in text else text.split("/")
+        losses, adapter = alone(steps, *what)
+        mine, state, moved, spec = sharded(name, steps, int(small), *what)
         pairs = zip(jax.tree.leaves(adapter), jax.tree.leaves(jax.device_get(state.trained)), strict=True)
         report = {
             "mesh": text,

@@ -17,6 +17,7 @@ from jlora.collectives import by_kind, collectives
 from jlora.leaves import LoraLeaf
 
 MESHES = ["data=8/1000000", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "tensor=2,sequence=2,data=2"]
+OTHERS = ["fsdp=2,tensor=2,sequence=2/0/gemma/qlora", "fsdp=4,tensor=2/0/gpt2/houlsby"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def eight():
     """One report a mesh; "/SIZE" after a mesh is `min_size`."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.scale.eight", *MESHES],
+        [sys.executable, "-m", "tests.scale.eight", *MESHES, *OTHERS],
         env=env,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -36,7 +37,7 @@ def eight():
     return {report["mesh"]: report for report in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESHES + OTHERS)
 def test_same_losses_and_adapter_as_one_device(eight, mesh):
     assert eight[mesh]["losses"] < 1e-5
     assert eight[mesh]["adapter"] < 1e-5

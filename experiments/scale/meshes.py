@@ -1,0 +1,58 @@
+"""Every mesh shape of eight devices, every decoder family and every method against one device.
+
+    python experiments/scale/meshes.py                       # every shape, families and methods on two: ten minutes
+    python experiments/scale/meshes.py --methods             # the methods alone
+
+Eight simulated CPU devices, three training steps of a tiny model in float32. Prints the largest relative difference
+of the losses' sums and the largest difference of a trained number; docs/scale.md holds what was seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from jlora.methods.named import METHODS
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+TWO = ("fsdp=4,tensor=2", "data=2,fsdp=2,sequence=2")
+
+
+def shapes(count: int = 8) -> list[str]:
+    """Every way to write `count` as a product over the axes."""
+    sizes = [n for n in range(1, count + 1) if count % n == 0]
+    found = [each for each in itertools.product(sizes, repeat=len(AXES)) if math.prod(each) == count]
+    return [",".join(f"{name}={n}" for name, n in zip(AXES, each, strict=True) if n > 1) for each in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("shapes", "families", "methods"):
+        parser.add_argument(f"--{name}", action="store_true", help="these alone")
+    given = parser.parse_args()
+    every = not (given.shapes or given.families or given.methods)
+    asked = [f"{mesh}/0/llama/lora" for mesh in shapes()] if given.shapes or every else []
+    if given.families or every:
+        asked += [f"{mesh}/0/{family}/lora" for mesh in TWO for family in ("gpt2", "gemma")]
+    if given.methods or every:
+        asked += [f"{mesh}/0/llama/{method}" for mesh in TWO for method in (*METHODS, "qlora") if method != "lora"]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.scale.eight", *asked]
+    running = subprocess.Popen(command, env=env, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    worst = 0.0
+    for line in running.stdout or ():
+        report = json.loads(line)
+        worst = max(worst, report["losses"], report["adapter"])
+        print(f"{report['mesh']:50} losses {report['losses']:.1e}  adapter {report['adapter']:.1e}", flush=True)
+    print(f"worst of {len(asked)}: {worst:.1e}")
+    sys.exit(running.wait())
+
+
+if __name__ == "__main__":
+    main()
