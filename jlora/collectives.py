@@ -45,7 +45,7 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """The collectives in a compiled program's text (`compiled.as_text()`), loop bodies multiplied out."""
     found: dict[str, Collective] = {}
-    for shape, opcode, rest, times, known in instructions(text):
+    for shape, opcode, rest, times, known, inside in instructions(text):
         kind = opcode.removesuffix("-start")
         if kind not in KINDS or ALONE.search(rest):
             continue
@@ -56,9 +56,10 @@ def collectives(text: str) -> list[Collective]:
         size = sum(int(itemsize(dtype) * volume(dims)) for dtype, dims in arrays)
         dtypes = tuple(sorted({dtype for dtype, _ in arrays}))
         one = Collective(kind, dtypes, size, times, known, place[1] if place else "")
-        # the TPU compiler spreads one transfer over several fusions and writes it in each, under one channel
-        channel = CHANNEL.search(rest)
-        name = channel[1] if channel else f"unnamed {len(found)}"
+        # the TPU compiler spreads one transfer over several fusions and writes it in each, under one channel; outside
+        # of fusions many transfers may have one channel
+        channel = CHANNEL.search(rest) if inside else None
+        name = channel[1] if channel else f"alone {len(found)}"
         if name not in found or times < found[name].times:
             found[name] = one
     return list(found.values())
@@ -67,34 +68,36 @@ def collectives(text: str) -> list[Collective]:
 def cycles(text: str) -> int:
     """The TPU compiler's own `estimated_cycles`, summed over a step; 0 where a backend writes none."""
     total = 0
-    for _, _, rest, times, _ in instructions(text, fused=False):
+    for _, _, rest, times, *_ in instructions(text, fused=False):
         found = CYCLES.search(rest)
         total += int(found[1]) * times if found else 0
     return total
 
 
-def instructions(text: str, fused: bool = True) -> Iterator[tuple[str, str, str, int, bool]]:
-    """(shape, opcode, the rest of the line, how often a step runs it, whether that is known) for each instruction.
+def instructions(text: str, fused: bool = True) -> Iterator[tuple[str, str, str, int, bool, bool]]:
+    """(shape, opcode, the rest of the line, how often a step runs it, whether that is known, whether it is in a fusion)
+    for each instruction.
 
     fused: enter what fusions and reducers call, too.
     """
     bodies, entry = computations(text)
-    stack = [(entry, 1, True)]
+    stack = [(entry, 1, True, False)]
     while stack:
-        name, times, known = stack.pop()
+        name, times, known, inside = stack.pop()
         for line in bodies.get(name, ()):
             match = INSTRUCTION.match(line)
             if match is None:
                 continue
             shape, opcode, rest = match.groups()
-            yield shape, opcode, rest, times, known
+            yield shape, opcode, rest, times, known, inside
             if not fused and opcode not in ("while", "conditional", "call"):
                 continue
             inner = CALLED.findall(rest)
             for group in BRANCHES.findall(rest):
                 inner += re.findall(r"[\w.\-]+", group)
             trips = trip_count(rest, bodies) if opcode == "while" else 1
-            stack += [(child, times * (trips or 1), known and trips is not None) for child in inner]
+            told, deeper = known and trips is not None, inside or opcode == "fusion"
+            stack += [(child, times * (trips or 1), told, deeper) for child in inner]
 
 
 def trip_count(rest: str, bodies: dict[str, list[str]]) -> int | None:

@@ -1,7 +1,7 @@
 """Compile training steps for TPUs that are not here, and put the estimate beside the compiler's figures.
 
     pip install "jlora[tpu]"
-    python experiments/scale/compile.py                      # every case: ten minutes on two cores
+    python experiments/scale/compile.py                      # every case: an hour on two cores
     python experiments/scale/compile.py 8b-lora 8b-full      # some of them
     python experiments/scale/compile.py --list
 
@@ -37,6 +37,9 @@ CASES = {
     "gpt2-lora": PlanConfig(model="gpt2", topology="v5e:2x2", batch=16, seq=1024, targets=C_ATTN, rank=4),
     "70b-lora-v5p": PlanConfig(model="llama-3-70b", topology="v5p:2x2x4", batch=16),
     "70b-lora-v6e": PlanConfig(model="llama-3-70b", topology="v6e:4x4", batch=16),
+    "70b-qlora-v5e": PlanConfig(model="llama-3-70b", topology="v5e:2x4", method="qlora"),
+    "8b-qlora-one-v5p": PlanConfig(topology="v5p:1", method="qlora", batch=1, seq=131072),
+    "8b-qlora-one-v6e": PlanConfig(topology="v6e:1", method="qlora", batch=1, seq=32768),
     "gpt3-lora": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, targets=C_ATTN, rank=4),
     "gpt3-full": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, method="full"),
 }
