@@ -257,10 +257,9 @@ class Engine:
         tree = self.shelf.bank.tree()
         new, self.state = decode(self.base.model, steps, self.base.params, tree, self.state, *self.placed)
         self.counts["steps"] += steps
-        before = list(self.running)
         for tokens in np.asarray(new):
             for slot, token in enumerate(tokens):
-                if before[slot] is not None and before[slot] is self.running[slot]:
+                if self.running[slot] is not None:  # what is written past an end is dropped
                     self.take(slot, int(token))
 
     def length(self, request: Request) -> int:
