@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import io
 import json
@@ -63,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
         with joined(name) as first:
             result = getattr(loaded, function)(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"jlora {name}: {error}", file=sys.stderr)
+        print(f"jlora {name}: {sentence(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -111,6 +112,16 @@ def keep_compiled() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def sentence(error: BaseException) -> str:
+    """An error as it is told; the system's own with the file first, and what would help."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    helps = dict.fromkeys((errno.EROFS, errno.EACCES), " (give another folder with --output)")
+    helps[errno.ENOSPC] = " (free some space; a run goes on with --resume from its last checkpoint)"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}{helps.get(error.errno or 0, '')}"
 
 
 def parse(cls: Any, args: Sequence[str], prog: str) -> Any:

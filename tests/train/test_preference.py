@@ -76,3 +76,21 @@ def test_training_makes_the_chosen_lead(kind):
     assert float(after.right) == 3 and float(after.loss) < float(sums(LORA, FROZEN, BATCH, None).loss)
     with pytest.raises(ValueError, match="'ppo' is not known"):
         preference_sums(MODEL, "ppo")
+
+
+def test_dpo_holds_no_second_model():
+    from jlora.tree import nbytes
+
+    model = Llama(LlamaConfig(31, 256, 1024, 2, 4, 2, 64))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    frozen, lora = jax.eval_shape(lambda p: jlora.lorafy(p, 4, layouts=LAYOUTS, targets=["q_proj"]), params)
+    tx = optax.sgd(0.1)
+    state = jax.eval_shape(lambda t: init_state(t, tx), lora)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
+    compiled = {
+        kind: make_train_step(preference_sums(model, kind), tx).lower(state, frozen, batch).compile().memory_analysis()
+        for kind in ("dpo", "orpo")  # orpo has no reference
+    }
+    assert compiled["dpo"].argument_size_in_bytes == compiled["orpo"].argument_size_in_bytes < 1.05 * nbytes(params)
+    more = compiled["dpo"].temp_size_in_bytes - compiled["orpo"].temp_size_in_bytes
+    assert more < 0.25 * nbytes(params)
