@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.inits import CHANGES_BASE, INITS
 from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
-from jlora.targets import letters_of, targeted
+from jlora.targets import check_layouts, letters_of, targeted
 from jlora.tree import Targets, first_match, path_of, paths, select
 
 
@@ -66,12 +66,25 @@ class LoraFactors(Adapter):
     layout: str = dataclasses.field(default="io", metadata={"static": True})
 
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> LoraLeaf:
+        self.check(w, path)
         a_axes, b_axes = factor_axes(self.layout)
         stack = axes_of(self.layout, "s")
         if key is not None and stack:
             key = jax.random.split(key, tuple(w.shape[ax] for ax in stack))
         key_axes = stack if key is not None else ()
         return LoraLeaf(w, self.lora_a, self.lora_b, key, a_axes, b_axes, key_axes, self.scaling, dropout, path)
+
+    def check(self, w: Any, path: str) -> None:
+        """Raises ValueError where the factors are not of a weight of this shape."""
+        shape, a, b = (getattr(x, "shape", None) for x in (w, self.lora_a, self.lora_b))
+        if shape is None or a is None or b is None:  # labels or specs stand in place of arrays
+            return
+        i, o, stack = (tuple(shape[ax] for ax in axes_of(self.layout, x) if ax < len(shape)) for x in "ios")
+        if len(shape) != len(self.layout) or a[:-1] != stack + i or b != (*stack, a[-1], *o):
+            raise ValueError(
+                f"{path or 'a weight'} {list(shape)}: factors {list(a)} and {list(b)} with axes {self.layout!r} are of "
+                "another weight; are the two trees of one model?"
+            )
 
     def describe(self) -> str:
         return f"rank {self.lora_a.shape[-1]}, scaling {self.scaling:g}, axes {self.layout}"
@@ -122,6 +135,11 @@ def lorafy(
 
     Raises ValueError if nothing matches a target, if the axes of a weight cannot be told, or for a rank below 1.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype {dtype}: factors are floats")
+    if key is not None and not hasattr(key, "dtype"):
+        raise ValueError(f"key {key!r:.40}: a PRNG key is expected, as jax.random.key(0)")
+    check_layouts(layouts)
     given = config or LoraConfig()
     if rank is not None:
         given = dataclasses.replace(given, r=rank)
@@ -245,8 +263,8 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
 
     dropout: probability of dropping an element of the adapter's input, in [0, 1); needs `key`, a fresh one each step.
     """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout {dropout}: it must be at least 0 and below 1")
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout!r:.40}: it must be at least 0 and below 1")
     if dropout and key is None:
         raise ValueError("dropout needs key=: a fresh PRNG key each step (leave both out to evaluate)")
     if isinstance(lora, Together):
@@ -257,12 +275,37 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
     def at(keys: Any, entry: Any, w: Any) -> Any:
         if entry is None:
             return w
-        if not is_adapter(entry):
-            return entry
         path = path_of(keys)
+        if any(map(is_adapter, jax.tree.leaves(w, is_leaf=is_adapter))):
+            raise ValueError(f"{path}: the first tree holds an adapter: it is combine(frozen, lora), in this order")
+        if not is_adapter(entry):
+            shapes = [getattr(x, "shape", None) for x in (w, entry)]
+            if None not in shapes and shapes[0] != shapes[1]:
+                raise ValueError(f"{path}: {list(shapes[0])} in the first tree, {list(shapes[1])} in the second")
+            return entry
         return entry.attach(w, path, dropout, leaf_key(key, path) if dropout else None)
 
-    return jax.tree_util.tree_map_with_path(at, lora, frozen, is_leaf=lambda x: x is None or is_adapter(x))
+    is_entry = lambda x: x is None or is_adapter(x)
+    differ = unlike(frozen, lora, is_entry)
+    if differ:
+        raise ValueError(f"the trees differ: {differ}; lorafy, load_adapter and tree_map keep both alike")
+    return jax.tree_util.tree_map_with_path(at, lora, frozen, is_leaf=is_entry)
+
+
+def unlike(frozen: Any, lora: Any, is_entry: Any) -> str:
+    """In what path the trees are not alike, or "". An entry of `lora` may stand in place of a subtree of `frozen`."""
+    entries, treedef = jax.tree_util.tree_flatten_with_path(lora, is_entry)
+    try:
+        treedef.flatten_up_to(frozen)
+        return ""
+    except ValueError:
+        held = list(paths(frozen, lambda x: x is None or is_implicit(x)))
+    have = lambda path: any(path in ("", name) or name.startswith(f"{path}/") for name in held)
+    mine = [path_of(keys) for keys, _ in entries]
+    lost = [path for path in mine if not have(path)]
+    more = [name for name in held if not any(path in ("", name) or name.startswith(f"{path}/") for path in mine)]
+    where = f"{lost[0]} is in the second only" if lost else f"{more[0]} is in the first only" if more else ""
+    return where or f"{type(frozen).__name__} and {type(lora).__name__}"
 
 
 class MergedAsFloats(UserWarning):

@@ -29,6 +29,17 @@ def known(path: str, layouts: Mapping[str, Any] | None) -> Any:
     return next((value for name, value in (layouts or {}).items() if matches(name, path)), None)
 
 
+def check_layouts(layouts: Any) -> None:
+    """Raises ValueError for what is no table of letters by path or pattern."""
+    if layouts is None:
+        return
+    if not isinstance(layouts, Mapping):
+        raise ValueError(f"layouts is a {type(layouts).__name__}: {{path or pattern: letters}}, or jlora.layouts(...)")
+    for name, value in layouts.items():
+        if isinstance(value, str) and not set(value) <= set("sio"):
+            raise ValueError(f"layouts[{name!r}] = {value!r}: one letter an axis, s, i or o")
+
+
 def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str, Any] | None) -> list[str]:
     """The paths of the weights to adapt, in tree order. Raises ValueError if there is none."""
     wanted: Any = config.target_modules

@@ -33,7 +33,10 @@ def matches(pattern: str, path: str) -> bool:
     A pattern with any of the characters \\^$*+?[](){}| is a regex.
     """
     if REGEX.search(pattern):
-        return re.search(pattern, path) is not None
+        try:
+            return re.search(pattern, path) is not None
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regex: {error}") from None
     return f"/{pattern.strip('/').replace('.', '/')}/" in f"/{path.replace('.', '/')}/"
 
 

@@ -43,6 +43,20 @@ class Pretrained:
     fresh: tuple[str, ...] = ()
     """Paths of a head that the checkpoint does not hold."""
 
+    def check(self, length: int, token: int) -> None:
+        """Raises ValueError for more positions than the model has a table for, or a token that it does not have: JAX
+        would read the nearest row instead."""
+        most = {"gpt2": "n_positions", "bert": "max_position_embeddings", "roberta": "max_position_embeddings"}
+        rows = getattr(self.config, most.get(self.config.model_type, ""), length)
+        rows -= self.config.pad_token_id + 1 if self.config.model_type == "roberta" else 0
+        if length > rows:
+            raise ValueError(f"{self.source} has {rows} positions, a row has {length} tokens: set max_length to {rows}")
+        if token >= self.config.vocab_size:
+            raise ValueError(
+                f"token {token} is past the {self.config.vocab_size} of {self.source}: its tokenizer has grown, "
+                "its embedding has not"
+            )
+
     @property
     def layouts(self) -> dict[str, str]:
         """`lorafy`'s layouts: which leaves are stacks of linear kernels."""

@@ -52,6 +52,8 @@ class Answers:
         if cut:
             say(f"{name}: {cut} of {len(rows)} rows were cut to max_length = {self.config.max_length}")
         self.cut += cut
+        flat = self.flat(found)
+        base.check(max(len(e.tokens) for e in flat), max(int(e.tokens.max(initial=0)) for e in flat))
         return found
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
