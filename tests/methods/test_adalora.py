@@ -82,6 +82,11 @@ def test_peft_allocates_the_same():
             got, want = entry(trained, name).lam, names[f"{name}.lora_E.x"].detach().numpy()[:, 0]
             np.testing.assert_allclose(got, want, atol=1e-6)
         zeros.append(sum(int((entry(trained, name).lam == 0).sum()) for name in PARAMS))
+    for ours, means in (("sensitivity", theirs.exp_avg_ipt), ("uncertainty", theirs.exp_avg_unc)):
+        for name, parts in zip(PARAMS, state[ours], strict=True):
+            for kind, x in zip("AEB", parts, strict=True):
+                want = means[f"{name}.lora_{kind}.x"].numpy()
+                np.testing.assert_allclose(x[0].T if kind != "E" else x.T, want, atol=1e-6)
     assert zeros[:3] == [0, 0, 0] and zeros[-1] == 12 - int(budget.at(18, 3)) and 0 in zeros[4:]
     last = None
     for step in range(19, 25):
