@@ -91,6 +91,7 @@ def train_in(
     except ImportError as error:
         say(f"no plot: {error}")
     data = statistics(train_rows, task.flat(examples), config.max_length, config.buckets)
+    data.pop("tokens_cut")  # of examples that are cut already
     data |= {"cut": task.cut, "compiled_shapes": report.pop("shapes")}
     report["page"] = str(write_page(out / "report.html", report, records, dataclasses.asdict(config), data))
     write_json(out / "report.json", report)
