@@ -99,10 +99,14 @@ def folder(output: str) -> Check:
 
     place = epath.Path(output)
     try:
+        there = place.exists()
         place.mkdir(parents=True, exist_ok=True)
         probe = place / f".jlora-doctor-{os.getpid()}"
         probe.write_text("x")
         probe.unlink()
+        free = 0 if "://" in output else shutil.disk_usage(output).free
+        if not there and "://" not in output:
+            place.rmdir()
     except ImportError as error:
         return Check("run folder", f"{output}: {error}", "pip install gcsfs, which gs:// paths need")
     except Exception as error:  # every backend of epath raises its own kind
@@ -114,7 +118,6 @@ def folder(output: str) -> Check:
         return Check("run folder", told, fix)
     if output.startswith("gs://"):
         return Check("run folder", f"{output}: writable")
-    free = shutil.disk_usage(output).free
     fix = "less than 1 GiB is free there: choose another --output" if free < GIB else ""
     return Check("run folder", f"{output}: writable, {free / GIB:.1f} GiB free", fix)
 

@@ -1,6 +1,5 @@
 """The doctor's checks, each seen well and ill."""
 
-import os
 import socket
 
 from jlora import doctor
@@ -11,7 +10,7 @@ def test_a_sound_machine_is_said_to_be(tmp_path, monkeypatch):
     report = doctor.run(doctor.DoctorConfig(output=str(tmp_path / "run")))
     assert [check["name"] for check in report["checks"]][:3] == ["devices", "versions", "memory"]
     assert not [check for check in report["checks"] if check["name"] in ("versions", "run folder") and "fix" in check]
-    assert not os.listdir(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
