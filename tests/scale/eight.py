@@ -4,6 +4,7 @@ MESH[/MIN_SIZE[/FAMILY/METHOD]]: "data=8/1000000", "fsdp=4,tensor=2/0/gpt2/dora"
 
 import functools
 import json
+import os
 import sys
 
 import jax
@@ -28,7 +29,7 @@ MODELS = {
     "gemma": Gemma(GemmaConfig(96, 32, 64, 3, 4, 2, 8, 8.0, 6, (True, False, True)), remat=True),
 }
 LAYOUTS = {"(layers|h)/.*kernel": "sio"}
-ROWS, LENGTH = 16, 12
+ROWS, LENGTH = 16, int(os.environ.get("LENGTH", "12"))
 
 
 def batches(count):
