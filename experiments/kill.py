@@ -25,14 +25,15 @@ def start(settings: Path, output: Path) -> subprocess.Popen[str]:
 
 def kill_once(settings: Path, output: Path, longest: float) -> tuple[str, bool]:
     """(the last line it said, whether it was killed): SIGKILL up to `longest` seconds after its first step's line."""
-    process, last, timer = start(settings, output), "", None
-    assert process.stderr
-    for line in process.stderr:
-        last = line.strip() or last
-        if timer is None and line.startswith("training "):
-            timer = threading.Timer(random.uniform(0, longest), process.kill)
-            timer.start()
-    code = process.wait()
+    last, timer = "", None
+    with start(settings, output) as process:
+        assert process.stderr
+        for line in process.stderr:
+            last = line.strip() or last
+            if timer is None and line.startswith("training "):
+                timer = threading.Timer(random.uniform(0, longest), process.kill)
+                timer.start()
+    code = process.returncode
     if timer:
         timer.cancel()
     if code not in (0, -9):
