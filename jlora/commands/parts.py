@@ -11,8 +11,8 @@ import jax
 import optax
 
 import jlora
-from jlora.commands.settings import TrainConfig, say
-from jlora.data import BatchSource, Columns, Example, PackedSource, Row, bucket_lengths, read_rows, tokenise_rows
+from jlora.commands.settings import TrainConfig
+from jlora.data import BatchSource, Columns, Example, PackedSource, Row, bucket_lengths, read_rows
 from jlora.generate import GenerateConfig, generate_text
 from jlora.inits import CHANGES_BASE
 from jlora.io import Pretrained
@@ -80,16 +80,6 @@ def rows_of(config: TrainConfig, source: str) -> list[Row]:
     """The rows of `source` by the settings' columns and templates."""
     columns = Columns(config.columns, config.prompt, config.completion, header=config.header)
     return read_rows(source, split=config.split, columns=columns, limit=config.limit)
-
-
-def tokens_of(rows: list[Row], base: Pretrained, config: TrainConfig, name: str) -> list[Example]:
-    """The rows as tokens; says how many were cut. Raises ValueError without a tokenizer."""
-    if base.tokenizer is None:
-        raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
-    examples, cut = tokenise_rows(rows, base.tokenizer, config.max_length)
-    if cut:
-        say(f"{name}: {cut} of {len(rows)} examples were cut on the left to max_length = {config.max_length}")
-    return examples
 
 
 def batches_of(config: TrainConfig, examples: list[Example], steps: int, own: Any = None) -> BatchSource:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.data.template import render
 from jlora.serve.request import Ask
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -128,12 +129,11 @@ def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabular
     if chat:
         if not tokenizer.chat_template:
             raise BadRequest("this model has no chat template: use /v1/completions", "messages")
+        messages = messages_of(body)
         try:
-            text = tokenizer.apply_chat_template(messages_of(body), tokenize=False, add_generation_prompt=True)
-        except BadRequest:
-            raise
-        except Exception as error:  # templates raise what they like, of roles in the wrong order for one
-            raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
+            text = render(tokenizer, messages, prompt=True)
+        except ValueError as error:
+            raise BadRequest(str(error), "messages") from None
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
