@@ -94,13 +94,16 @@ def fit(
                 f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {number}, {bad} in a row: "
                 f"try a lower learning rate. {keep_bad(batch)}".rstrip()
             )
+        # before `after`, which may be long: a run that is killed in it has this step behind it
+        saved = bool(checkpoints and save_every and number % save_every == 0)
+        if checkpoints and saved:
+            checkpoints.save(state, batches.get_state())
         try:
             done = after(state, stop)
         except Interrupted:
             done = True
         told = stop()
-        ends = done or told or number == steps
-        if checkpoints and (ends or (save_every and number % save_every == 0)):
+        if checkpoints and not saved and (done or told or number == steps):
             checkpoints.save(state, batches.get_state())
         if told:
             if checkpoints:
