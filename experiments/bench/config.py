@@ -61,6 +61,13 @@ QV = ("jlora", "hand-written JAX", "PEFT", "PEFT, torch.compile")
 
 ENVIRONMENTS = {
     "peers": ("-e", ".[demo]", "torch==2.13.0", "peft==0.21.2", "accelerate", "qwix==0.1.8", "loralib", "quax"),
-    "lorax": ("jax-lorax==0.3.1", "plum-dispatch<2.5", "jax==0.4.35", "jaxlib==0.4.35"),  # wants a JAX of 2024
+    "lorax": (
+        "jax-lorax==0.3.1",
+        "plum-dispatch<2.5",
+        "jax==0.4.28",
+        "jaxlib==0.4.28",
+        "numpy<2",
+        "scipy<1.13",
+    ),  # wants a JAX of 2024
 }
 """pip's arguments for each virtual environment of peers."""

@@ -21,7 +21,8 @@ def prepare(case: Any, folder: str, tokens: np.ndarray, options: dict[str, str])
     trained, frozen = split(lorax.init_lora(layers, spec, jax.random.PRNGKey(0), alpha=case.alpha))
 
     def plain(layers: Any, params: Any, tokens: Any, labels: Any) -> Any:
-        linear = lambda x, w, name: x @ w[name]
+        # not `x @ w`: jnp's product is jitted, which qax does not enter here
+        linear = lambda x, w, name: jax.lax.dot_general(x, w[name], (((2,), (0,)), ((), ())))
         return llama.loss(params["embed"], params["norm"], layers, tokens, labels, linear, scan=False)
 
     lifted = lorax.lora(plain)
