@@ -1,4 +1,4 @@
-"""python -m experiments.bench [step qv growth starts movies] [--rounds 10] [--out bench]
+"""python -m experiments.bench [step more qv growth starts movies] [--rounds 10] [--out bench]
 
 Runs each comparison in turn and writes OUT/results.json, OUT/performance.md and OUT/step.png. The first run makes the
 peers' virtual environments. Names left out keep the figures that OUT/results.json has.
@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from experiments.bench.config import QV, STEP, Case
+from experiments.bench.config import MORE, QV, STEP, Case
 from experiments.bench.figures import matmul_peak
 from experiments.bench.movies import movies
 from experiments.bench.starts import starts
@@ -58,7 +58,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["step", "qv", "growth", "starts", "movies"])
+    parser.add_argument("names", nargs="*", default=["step", "more", "qv", "growth", "starts", "movies"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", nargs="*", help="contestants of step, by name")
     parser.add_argument("--out", type=Path, default=Path("bench"))
@@ -70,6 +70,7 @@ def main() -> None:
     chosen = tuple(given.only or STEP)
     runs = {
         "step": lambda: step(folder, given.rounds, chosen),
+        "more": lambda: step(folder, given.rounds, MORE),
         "qv": lambda: step(folder, given.rounds, QV, Case(targets=("q_proj", "v_proj"))),
         "growth": lambda: growth(folder, max(2, given.rounds // 3)),
         "starts": starts,

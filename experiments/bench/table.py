@@ -11,7 +11,7 @@ from experiments.bench.figures import ratio, step_flops
 
 def page(results: dict[str, Any]) -> str:
     made = [machine(results["machine"])] if "machine" in results else []
-    for name, title in (("step", "All linear layers"), ("qv", "q and v alone")):
+    for name, title in (("step", "All linear layers"), ("more", "The same, other peers"), ("qv", "q and v alone")):
         if name in results:
             made.append(step_table(results[name], title))
     if "growth" in results:
@@ -112,7 +112,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         ax.invert_yaxis()
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("seconds a step (bar: median; dots: rounds; dotted: matrix products alone at the peak)")
+    axes[-1, 0].set_xlabel("seconds a step (bar: median; dots: rounds; dotted: products alone)")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
