@@ -28,12 +28,14 @@ class Audit:
     """What was found. `problems`: one sentence each; none if every promise is kept.
 
     flops: of the compiled step as XLA counts them (a loop's body once), None where the backend does not say.
+    copies: of frozen weights, transposed or laid out anew, of 1 MB and more inside a loop: paid at every turn.
     bytes: arguments, outputs, temporaries, frozen weights, trained leaves and optimiser state, in bytes.
     """
 
     problems: tuple[str, ...]
     flops: float | None
     bytes: dict[str, int]
+    copies: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -42,6 +44,7 @@ class Audit:
     def __str__(self) -> str:
         lines = [f"{name}: {count / 1e6:,.2f} MB" for name, count in self.bytes.items()]
         lines.append(f"FLOPs (loop bodies once): {self.flops:.3g}" if self.flops else "FLOPs: not told by this backend")
+        lines += [f"copy: {copy}" for copy in self.copies]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or [
             "no gradient of a frozen weight, none materialised, no optimiser state for one"
         ]
@@ -67,7 +70,8 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
         "trained": nbytes(lora),
         "optimiser state": nbytes(opt_state),
     }
-    return Audit(tuple(dict.fromkeys(problems)), cost.get("flops"), counts)
+    copies = copied(compiled.as_text() or "", weights)
+    return Audit(tuple(dict.fromkeys(problems)), cost.get("flops"), counts, tuple(dict.fromkeys(copies)))
 
 
 def wide(shape: Any) -> Shape:
@@ -109,6 +113,24 @@ def in_program(text: str, weights: dict[str, Any]) -> list[str]:
             over = contracted(rest, dims)
             problems.append(f"a product of the shape of {who} {dims[name]}{over}: its gradient, or A·B written out")
     return problems
+
+
+def copied(text: str, weights: dict[str, Any], least: int = 1_000_000) -> list[str]:
+    """Copies and transposes in a loop that have a frozen matrix's shape and at least so many bytes, as sentences."""
+    known, found, fused = signatures(weights), [], False
+    for line in text.splitlines():
+        if line.endswith("{"):
+            fused = "fused_computation" in line.split("(")[0]  # what is inside a fusion is never written out
+        match = INSTRUCTION.match(line)
+        if match is None or fused or "while/body" not in line:
+            continue
+        name, _, size, opcode, _ = match.groups()
+        shape = [int(n) for n in size.split(",") if n]
+        owners = known.get(wide(shape), [])
+        moves = opcode in ("copy", "transpose") or (opcode == "fusion" and re.match(r"(copy|transpose)(_|\.|$)", name))
+        if moves and owners and math.prod(shape) * weights[owners[0]].dtype.itemsize >= least:
+            found.append(f"{opcode} {name} of {', '.join(owners[:3])} {shape}")
+    return found
 
 
 def contracted(rest: str, dims: dict[str, list[int]]) -> str:

@@ -79,6 +79,25 @@ def test_a_frozen_gradient_and_its_state_are_found():
     assert any("the optimiser keeps" in problem for problem in report.problems), str(report)
 
 
+def test_a_frozen_weight_copied_in_a_loop_is_named():
+    frozen = {"w": jnp.zeros((3, 520, 512)), "head": jnp.zeros((600, 512))}
+
+    def step(w, x, turned):
+        def layer(c, w):
+            if turned:  # a barrier: the transposed weight itself, and not a product that reads it so
+                w = jax.lax.optimization_barrier(w.T).T
+            return jnp.tanh(c @ w) @ w.T, None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    def seen(turned):
+        args = (frozen["w"], jnp.ones((7, 520)))
+        return jlora.audit(lambda w, x: step(w, x, turned), *args, frozen=frozen, lora={}).copies
+
+    assert seen(True) and all("of w [5" in copy for copy in seen(True))
+    assert seen(False) == ()
+
+
 def test_summary_counts():
     params, _, layouts = setting()
     frozen, lora = jlora.lorafy(params, 2, layouts=layouts, train="scale", targets="all-linear")
