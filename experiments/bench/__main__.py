@@ -60,18 +60,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=["step", "more", "qv", "growth", "starts", "movies"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", nargs="*", help="contestants of step, by name")
+    parser.add_argument("--only", nargs="*", help="contestants of step, more or qv, by name")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     folder = hub_folder()
-    chosen = tuple(given.only or STEP)
+    among = lambda names: tuple(given.only or names)
     runs = {
-        "step": lambda: step(folder, given.rounds, chosen),
-        "more": lambda: step(folder, given.rounds, MORE),
-        "qv": lambda: step(folder, given.rounds, QV, Case(targets=("q_proj", "v_proj"))),
+        "step": lambda: step(folder, given.rounds, among(STEP)),
+        "more": lambda: step(folder, given.rounds, among(MORE)),
+        "qv": lambda: step(folder, given.rounds, among(QV), Case(targets=("q_proj", "v_proj"))),
         "growth": lambda: growth(folder, max(2, given.rounds // 3)),
         "starts": starts,
         "movies": lambda: movies(folder, max(2, given.rounds // 4)),

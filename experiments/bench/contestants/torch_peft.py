@@ -1,4 +1,4 @@
-"""Hugging Face PEFT on torch: eager, or with torch.compile (options compile=1)."""
+"""Hugging Face PEFT on torch: eager, or with torch.compile (options compile=1); threads=N."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.bench.contestants.torch_step import adamw_step
 
 
 def prepare(case: Any, folder: str, tokens: Any, options: dict[str, str]) -> Any:
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(int(options.get("threads", case.threads)))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=case.rank, lora_alpha=case.alpha, target_modules=list(case.targets), lora_dropout=0.0
