@@ -58,7 +58,8 @@ CONTESTANTS = {
 PEFT = ("PEFT", "PEFT, one thread", "PEFT, torch.compile")
 STEP = ("jlora", "hand-written JAX", "materialised W + AB", "qwix", *PEFT)
 """Of the step at equal shapes. On a machine that is not idle torch's threads spin while they wait: there its one-thread
-row, in CPU seconds, is the fair one. All are alive at once, two gigabytes each: so the rest are a comparison of their own."""
+row, in CPU seconds, is the fair one. All are alive at once, two gigabytes each: so the rest are a comparison of their
+own."""
 MORE = ("jlora", "jlora, all kept", "Flax NNX LoRA", "Quax", "lorax", "loralib")
 QV = ("jlora", "hand-written JAX", *PEFT)
 """Of the step with q and v alone."""
