@@ -84,7 +84,7 @@ def profile(step: Any, state: Any, frozen: Any, batch: Any, *, repeats: int = 3)
 
 def instruction_seconds(folder: Path, known: Container[str]) -> dict[str, float]:
     """Seconds by `known` instruction in the trace under `folder`, all devices and threads added."""
-    spent: dict[str, float] = collections.Counter()
+    spent: dict[str, float] = collections.defaultdict(float)
     for file in folder.rglob("*.xplane.pb"):
         held = jax.profiler.ProfileData.from_file(str(file))  # what it yields lives as long as it
         for plane in held.planes:
