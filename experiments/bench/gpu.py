@@ -1,5 +1,6 @@
-"""Rows for a machine with a GPU: the step of Llama-3-8B's shape in bfloat16, its share of the GPU's peak, and the
-longest context of QLoRA on it. Written for one GPU of 80 GB; not yet run on one.
+"""A row for a machine with a GPU: the step of Llama-3-8B's shape in bfloat16 and its share of the GPU's peak.
+
+Written for one GPU of 80 GB; not yet run on one.
 
     pip install "jlora[cuda]"
     python -m experiments.bench.gpu --peak-tflops 989 [--seq 2048 --batch 4]
