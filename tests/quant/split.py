@@ -18,9 +18,9 @@ plain = eight.setting
 
 
 def quantised(scheme):
-    def setting():
-        frozen, lora, sums = plain()
-        return jlora.quantise(frozen, scheme, layouts=eight.LAYOUTS), lora, sums
+    def setting(*what):
+        frozen, *rest = plain(*what)
+        return jlora.quantise(frozen, scheme, layouts=eight.LAYOUTS), *rest
 
     return setting
 
@@ -42,6 +42,7 @@ def main():
     for text in sys.argv[1:]:
         scheme, mesh = text.split(":")
         eight.setting = quantised(scheme)
+        eight.alone.cache_clear()  # it knows nothing of schemes
         losses, _ = eight.alone(2)
         mine, _, moved, spec = eight.sharded(mesh, 2)
         report = {
