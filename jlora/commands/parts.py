@@ -94,14 +94,19 @@ def objective(config: TrainConfig, base: Pretrained) -> Any:
     """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
     plain = jlora.lift(answer_sums(base.model))
     options: dict[str, Any] = {"smoothing": config.label_smoothing, "z_loss": config.z_loss, "neftune": config.neftune}
-    shaped = jlora.lift(answer_sums(base.model, **options))
+    return trained_or_judged(plain, jlora.lift(answer_sums(base.model, **options)), config.dropout)
+
+
+def trained_or_judged(plain: Any, shaped: Any, dropout: float) -> Any:
+    """(trained, frozen, batch, key or None) -> sums: `shaped(params, batch, key)` under `dropout` where there is a key,
+    `plain(params, batch)` without; both lifted.
+    """
 
     def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
         if key is None:
             return plain(jlora.combine(frozen, trained), batch)
         drop, noise = jax.random.split(key)
-        params = jlora.combine(frozen, trained, dropout=config.dropout, key=drop if config.dropout else None)
-        return shaped(params, batch, noise)
+        return shaped(jlora.combine(frozen, trained, dropout=dropout, key=drop if dropout else None), batch, noise)
 
     return sums
 

@@ -2,10 +2,17 @@
 
 import pytest
 
-from tests.serve.parts import made
+from tests.serve.parts import Served, made
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """(base, folder of adapters)."""
     return made(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def served(place):
+    served = Served(*place)
+    yield served
+    served.close()

@@ -9,17 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.serve.chromium import BINARY, Chromium
-from tests.serve.parts import NAMES, Served, offline, until
+from tests.serve.parts import NAMES, offline, until
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium")
 PROMPT = "Review : good film"
-
-
-@pytest.fixture(scope="module")
-def served(place):
-    served = Served(*place)
-    yield served
-    served.close()
 
 
 @pytest.fixture(scope="module")

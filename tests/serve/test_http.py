@@ -18,13 +18,6 @@ PROMPT = "Review : good film"
 
 
 @pytest.fixture(scope="module")
-def served(place):
-    served = Served(*place)
-    yield served
-    served.close()
-
-
-@pytest.fixture(scope="module")
 def client(served):
     with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
         yield client

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import jlora
+from jlora.commands.parts import trained_or_judged
 from jlora.commands.settings import TrainConfig
 from jlora.commands.tasks.answers import Answers, Judge, watched
 from jlora.data import BatchSource, DataError, LabelSource, Row, are_numbers, bucket_lengths, classes_of, label_examples
@@ -68,16 +69,7 @@ class Labels(Answers):
     def objective(self, base: Pretrained) -> Any:
         c, numbers = self.config, self.classes is None
         shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.neftune))
-        plain = jlora.lift(label_sums(base.model, numbers))
-
-        def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
-            if key is None:
-                return plain(jlora.combine(frozen, trained), batch)
-            drop, noise = jax.random.split(key)
-            params = jlora.combine(frozen, trained, dropout=c.dropout, key=drop if c.dropout else None)
-            return shaped(params, batch, noise)
-
-        return sums
+        return trained_or_judged(jlora.lift(label_sums(base.model, numbers)), shaped, c.dropout)
 
     def judge(self, base: Pretrained) -> Judge:
         run = jlora.lift(outputs(base.model))
