@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -68,47 +68,37 @@ def fit(
     is saved and `Interrupted` raised; it is also saved after the last step.
     figures: (the step's sums, norm) -> the figures above, for a step that gives other ones.
     """
-    if stop is None:
-        with on_sigterm() as came:
-            more: dict[str, Any] = {
-                "save_every": save_every,
-                "log": log,
-                "after": after,
-                "bad_steps": bad_steps,
-                "keep_bad": keep_bad,
-            }
-            more["figures"] = figures
-            return fit(step, state, frozen, batches, steps=steps, checkpoints=checkpoints, stop=came, **more)
-    number, bad, done = int(state.step), 0, False
-    while number < steps and not done:
-        began = time.monotonic()
-        batch = next(batches)
-        state, (sums, norm) = step(state, frozen, batch)
-        number += 1
-        record = {"step": number, **(figures or plain)(*jax.device_get((sums, norm)))}
-        log({**record, **filled(batch), "seconds": time.monotonic() - began})
-        if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
-            bad = 0
-        elif (bad := bad + 1) > bad_steps:
-            raise FloatingPointError(
-                f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {number}, {bad} in a row: "
-                f"try a lower learning rate. {keep_bad(batch)}".rstrip()
-            )
-        # before `after`, which may be long: a run that is killed in it has this step behind it
-        saved = bool(checkpoints and save_every and number % save_every == 0)
-        if checkpoints and saved:
-            checkpoints.save(state, batches.get_state())
-        try:
-            done = after(state, stop)
-        except Interrupted:
-            done = True
-        told = stop()
-        if checkpoints and not saved and (done or told or number == steps):
-            checkpoints.save(state, batches.get_state())
-        if told:
-            if checkpoints:
-                checkpoints.close()
-            raise Interrupted
+    with on_sigterm() if stop is None else nullcontext(stop) as told_to_stop:
+        number, bad, done = int(state.step), 0, False
+        while number < steps and not done:
+            began = time.monotonic()
+            batch = next(batches)
+            state, (sums, norm) = step(state, frozen, batch)
+            number += 1
+            record = {"step": number, **(figures or plain)(*jax.device_get((sums, norm)))}
+            log({**record, **filled(batch), "seconds": time.monotonic() - began})
+            if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
+                bad = 0
+            elif (bad := bad + 1) > bad_steps:
+                raise FloatingPointError(
+                    f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {number}, {bad} in a row: "
+                    f"try a lower learning rate. {keep_bad(batch)}".rstrip()
+                )
+            # before `after`, which may be long: a run that is killed in it has this step behind it
+            saved = bool(checkpoints and save_every and number % save_every == 0)
+            if checkpoints and saved:
+                checkpoints.save(state, batches.get_state())
+            try:
+                done = after(state, told_to_stop)
+            except Interrupted:
+                done = True
+            told = told_to_stop()
+            if checkpoints and not saved and (done or told or number == steps):
+                checkpoints.save(state, batches.get_state())
+            if told:
+                if checkpoints:
+                    checkpoints.close()
+                raise Interrupted
     return state
 
 
