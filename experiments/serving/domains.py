@@ -3,8 +3,8 @@
     python experiments/serving/domains.py [--output runs] [--steps 80] [--rows 200] [--only tweets] [--json FILE]
 
 Snippets rated by people (Hutto & Gilbert 2014), answered by " positive" or " negative"; settings of
-experiments/domains.yaml. An adapter that is there already is not trained again, one that was cut off goes on. Prints
-two tables, exact answers and loss (nats a token), a row an adapter and a column a domain; then
+experiments/domains.yaml. An adapter that is there already is not trained again, one that was cut off goes on, and so
+does the table. Prints two tables, exact answers and loss (nats a token), a row an adapter and a column a domain; then
 `jlora serve --adapters runs/` serves them.
 """
 
@@ -16,16 +16,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jlora
-from jlora.commands.parts import objective, rows_of, tokens_of
+import jax
+import jax.numpy as jnp
+
+from jlora.commands.parts import rows_of
+from jlora.commands.report import write_json
 from jlora.commands.settings import TrainConfig, read_settings, say
+from jlora.commands.tasks import Answers
 from jlora.commands.train import train
-from jlora.data import DOMAINS, BatchSource, bucket_lengths, split_rows
-from jlora.io import load
+from jlora.data import DOMAINS, split_rows
 from jlora.io.adapters import load_adapter
-from jlora.train import evaluate, make_eval_step
 
 SETTINGS = Path(__file__).parents[1] / "domains.yaml"
+Table = dict[str, dict[str, dict[str, float]]]
+"""{adapter, "none" for the base: {domain: {exact, first, loss}}}."""
 
 
 def config_of(domain: str, output: Path, steps: int) -> TrainConfig:
@@ -33,34 +37,33 @@ def config_of(domain: str, output: Path, steps: int) -> TrainConfig:
     return TrainConfig(**{**given, "data": f"pip:{domain}", "output": str(output / domain), "steps": steps})
 
 
-def crossed(configs: dict[str, TrainConfig], rows: int) -> dict[str, dict[str, dict[str, float]]]:
-    """{adapter ("none": the base): {domain: {exact, first, loss}}} on `rows` a domain that training did not see."""
+def crossed(configs: dict[str, TrainConfig], rows: int, kept: Path) -> Table:
+    """The figures of every adapter on `rows` rows a domain that training did not see. What `kept` holds already is not
+    judged again, what is judged is added to it at once.
+    """
     some = next(iter(configs.values()))
-    base = load(some.model)
+    task = Answers(some)
+    base = task.load()
+    judge = task.judge(base)
     tests = {}
     for domain, config in configs.items():
         held_out = split_rows(rows_of(config, config.data), config.held_out, config.seed)[1][:rows]
-        examples = tokens_of(held_out, base, config, domain)
-        tests[domain] = BatchSource(examples, config.batch, bucket_lengths(examples, 2))
-    judge = make_eval_step(objective(some, base))
-    table: dict[str, Any] = {}
+        tests[domain] = task.testing(task.examples(held_out, base, domain))
+    table: Table = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for name in ("none", *configs):
-        _, lora, _ = load_adapter(base, Path(configs.get(name, some).output) / "adapter")
+        frozen, lora, _ = load_adapter(base, Path(configs.get(name, some).output) / "adapter")
         if name == "none":  # the same program, the difference zero
-            lora = jlora.lorafy(base.params, config=jlora_config(some), layouts=base.layouts)[1]
-        table[name] = {}
-        for domain, testing in tests.items():
-            found = evaluate(judge, lora, base.params, (testing[n] for n in range(len(testing))))
-            table[name][domain] = {key: float(found[key]) for key in ("exact", "first", "loss")}
-            say(f"{name} on {domain}: {table[name][domain]}")
+            lora = jax.tree.map(jnp.zeros_like, lora)
+        row = table.setdefault(name, {})
+        for domain in (domain for domain in tests if domain not in row):
+            found = judge(lora, frozen, tests[domain], lambda: False, lambda n: None)
+            row[domain] = {key: found[key] for key in ("exact", "first", "loss")}
+            say(f"{name} on {domain}: {row[domain]}")
+            write_json(kept, table)
     return table
 
 
-def jlora_config(config: TrainConfig) -> jlora.LoraConfig:
-    return jlora.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
-
-
-def markdown(table: dict[str, Any], figure: str, form: str) -> str:
+def markdown(table: Table, figure: str, form: str) -> str:
     """A row an adapter, a column a domain; the best of a column in bold."""
     domains = list(next(iter(table.values())))
     pick = min if figure == "loss" else max
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=200, help="held-out rows a domain in the table")
     parser.add_argument("--only", choices=list(DOMAINS), help="train this one, print no table")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="the table's file, which a second run goes on from (domains.json)")
     given = parser.parse_args()
     configs = {domain: config_of(domain, given.output, given.steps) for domain in DOMAINS}
     for domain, config in configs.items():
@@ -87,11 +90,9 @@ def main() -> None:
             train(dataclasses.replace(config, resume=(given.output / domain / "checkpoints").exists()))
     if given.only:
         return
-    table = crossed(configs, given.rows)
+    table = crossed(configs, given.rows, given.json or given.output / "domains.json")
     for figure, form in (("exact", "{:.1%}"), ("loss", "{:.3f}")):
         print(markdown(table, figure, form), end="\n\n")
-    if given.json:
-        given.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

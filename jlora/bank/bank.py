@@ -36,6 +36,15 @@ def write(array: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(array, part.astype(array.dtype), start, axis)
 
 
+@jax.jit
+def summed(w: jax.Array, held: BankFactors, slot: Any) -> jax.Array:
+    """W and the difference of one slot, in W's dtype."""
+    at = len(axes_of(held.layout, "s"))
+    rank = held.a.shape[at] // held.slots
+    a, b = (jax.lax.dynamic_slice_in_dim(x, slot * rank, rank, at) for x in (held.a, held.b))
+    return LoraFactors(jnp.moveaxis(a, at, -1), b, 1.0, held.layout).attach(w, "").materialise()
+
+
 class AdapterBank:
     """Adapters of any ranks over `params`, by key (a name, or any hashable).
 
@@ -93,6 +102,17 @@ class AdapterBank:
         leaves = [self.factors.get(path) for path in self.shapes]
         tree = jax.tree.unflatten(self.structure, leaves)
         return tree if keys is None else with_rows(tree, jnp.asarray([self.slot(key) for key in keys], jnp.int32))
+
+    def merged(self, params: Any, key: Hashable | None) -> Any:
+        """The base's weights with an adapter's difference added: those that it does not touch are the same buffers.
+
+        Compiles a program for each shape of an adapted weight. Raises KeyError if the adapter is not here.
+        """
+        if key is None:
+            return params
+        slot = jnp.asarray(self.slot(key), jnp.int32)
+        at = lambda keys, w: summed(w, held, slot) if (held := self.factors.get(path_of(keys))) else w
+        return jax.tree_util.tree_map_with_path(at, params)
 
     def add(self, key: Hashable, lora: Any) -> int:
         """Put an adapter in, in the place of one of the same key; returns its slot.

@@ -39,6 +39,8 @@ class ServeConfig:
     """Adapters kept in memory; others are read from disk when asked for."""
     rank: int = 8
     """Of the adapters expected; a larger one makes room for itself."""
+    merge_after: int = 32
+    """Steps of one adapter alone before it is merged, which holds the adapted weights twice; 0: never."""
     seconds: float = 300.0
     """Longest time for one answer."""
     body_bytes: int = 1 << 20
@@ -77,6 +79,7 @@ def serve_command(config: ServeConfig) -> None:
         queue=config.queue,
         adapters=config.resident,
         rank=config.rank,
+        merge_after=config.merge_after,
     )
     name = config.name or Path(config.model).name.removesuffix(".gguf")
     for adapter, folder in folders.found().items():

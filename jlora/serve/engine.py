@@ -19,6 +19,7 @@ import numpy as np
 
 from jlora.bank import AdapterBank, BankFull, Shelf
 from jlora.io.load import Pretrained
+from jlora.serve.alone import Alone
 from jlora.serve.request import Ask, Event, Request
 from jlora.serve.sample import Sampling
 from jlora.serve.slots import decode, empty, prefill, resized, seat
@@ -34,6 +35,7 @@ class Engine:
     queue: requests that may wait. adapters: how many stay in memory; others are read from disk when asked for.
     together: prompts of one padded length that are read at once. burst: tokens a slot between two looks at the queue;
     above 1 the device is asked less often, a new request waits longer, and what is written past an end is dropped.
+    merge_after: steps of one adapter alone before it is merged (`serve/alone.py`); 0: never.
     """
 
     def __init__(
@@ -48,11 +50,14 @@ class Engine:
         smallest: int = 32,
         together: int = 4,
         burst: int = 1,
+        merge_after: int = 32,
     ) -> None:
         sizes = {"slots": slots, "queue": queue, "adapters": adapters, "together": together, "burst": burst}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} = {value}: it must be 1 or more")
+        if merge_after < 0:
+            raise ValueError(f"merge_after = {merge_after}: steps, or 0 for never")
         if base.tokenizer is None:
             raise ValueError(f"{base.source} has no tokenizer")
         if max_length < smallest:
@@ -60,6 +65,7 @@ class Engine:
         self.base, self.max_length, self.most_waiting = base, max_length, queue
         # at least one adapter more than slots: a request is never kept waiting by the adapters of the others
         self.shelf = Shelf(base, AdapterBank(base.params, capacity=max(adapters, slots + 1), rank=rank))
+        self.alone = Alone(base.params, self.shelf.bank, merge_after)
         self.running: list[Request | None] = [None] * slots
         self.smallest, self.together, self.burst = smallest, min(together, slots), burst
         self.size = smallest
@@ -238,8 +244,8 @@ class Engine:
             self.counts["prompt_tokens"] += len(ask.tokens)
         counts = np.asarray([len(ask.tokens) for ask in asks] + [0] * len(spare), np.int32)
         rows = np.asarray([*self.rows[group], *[0] * len(spare)], np.int32)
-        model, tree = self.base.model, self.shelf.bank.tree()
-        new, cache = prefill(model, self.base.params, tree, tokens, counts, rows, sampling(asks + spare))
+        model, weights = self.base.model, self.alone.weights(ask.adapter for ask in asks)
+        new, cache = prefill(model, *weights, tokens, counts, rows, sampling(asks + spare))
         self.fit(max(tokens.shape[1], self.size))
         places = np.asarray(group + [len(self.running)] * len(spare), np.int32)
         self.state, self.placed = seat(model, self.state, new, cache, places), None
@@ -254,8 +260,10 @@ class Engine:
         if self.placed is None:
             active = np.asarray([request is not None for request in self.running])
             self.placed = jax.device_put((active, self.rows.copy(), sampling(self.how)))
-        tree = self.shelf.bank.tree()
-        new, self.state = decode(self.base.model, steps, self.base.params, tree, self.state, *self.placed)
+        adapters = [request.ask.adapter for request in self.running if request is not None]
+        self.counts["merges"] += self.alone.stepped(adapters)
+        weights = self.alone.weights(adapters)
+        new, self.state = decode(self.base.model, steps, *weights, self.state, *self.placed)
         self.counts["steps"] += steps
         for tokens in np.asarray(new):
             for slot, token in enumerate(tokens):

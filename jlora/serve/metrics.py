@@ -53,6 +53,7 @@ class Metrics:
             ("prompt_tokens", "Prompt tokens read."),
             ("generation_tokens", "Tokens written."),
             ("steps", "Decoding steps of all slots."),
+            ("merges", "Times that a batch of one adapter had it merged."),
         ):
             yield CounterMetricFamily(f"jlora_{name}", what, counts.get(name, 0))
         ends = CounterMetricFamily("jlora_finished", "Requests ended, by reason.", labels=["reason"])

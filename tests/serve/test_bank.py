@@ -58,6 +58,22 @@ def test_each_row_is_its_adapter_alone(made, method):
     assert float(jnp.abs(out - far)[2].max()) > 0.05 and float(jnp.abs(out - far)[1].max()) < 1e-5
 
 
+def test_one_merged_is_its_adapter_and_shares_the_rest(made):
+    _, params, adapters = made
+    bank = AdapterBank(params, capacity=3, rank=8)
+    for name in ("b", "c", "a"):
+        bank.add(name, adapters[name])
+    for name, lora in adapters.items():
+        want = jlora.merge(params, lora)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), bank.merged(params, name), want)
+    bank = AdapterBank(params, capacity=3, rank=8)
+    bank.add("b", adapters["b"])
+    same = jax.tree.map(lambda x, y: x is y, bank.merged(params, "b"), params)
+    touched = {path for path, kept in jlora.tree.paths(same).items() if not kept}
+    assert touched and all(path.split("/")[-2] in ("q_proj", "v_proj") for path in touched)
+    assert bank.merged(params, None) is params
+
+
 def test_writing_compiles_nothing_until_it_grows(made):
     model, params, adapters = made
     bank = AdapterBank(params, capacity=3, rank=8, most=6)

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.bank import AdapterBank
+from jlora.io.adapters import load_adapter
 from jlora.sampling import truncate
 from jlora.serve import slots as slots_module
+from jlora.serve.alone import Alone
 from jlora.serve.engine import Engine, QueueFull
 from jlora.serve.request import Ask, Request
 from jlora.serve.sample import Sampling, draw
@@ -18,7 +21,7 @@ from tests.serve.parts import NAMES, PROMPTS, Asked, offline, until
 @pytest.fixture(scope="module")
 def served(place):
     base, folder = place
-    engine = Engine(base, slots=3, max_length=64, queue=20, adapters=4, smallest=16).start()
+    engine = Engine(base, slots=3, max_length=64, queue=20, adapters=4, smallest=16, merge_after=0).start()
     for name in NAMES:
         engine.load(name, folder / name).result()
     yield base, folder, engine
@@ -73,6 +76,64 @@ def test_a_running_request_keeps_its_adapter(served):
     assert new.request.new == offline(base, folder / "news", (5, 6, 7), 40)
     engine.load("film", folder / "film").result()
     engine.load("tweets", folder / "tweets").result()
+
+
+def test_a_stretch_of_one_adapter_runs_on_merged_weights(place):
+    base, folder = place
+    held = jax.device_get(base.params)
+    engine = Engine(base, slots=3, max_length=64, queue=20, adapters=4, smallest=64, merge_after=5)
+    plain, asked, weights = [], [], engine.alone.weights
+
+    def ask(prompt, name, where):
+        asked.append((Asked(engine, prompt, name, max_tokens=45, ignore_eos=True), where, prompt))
+
+    def watched(adapters):
+        found = weights(adapters)
+        plain.append(found[1] is engine.alone.no_bank)
+        if plain[-1] and len(asked) == 2:  # it has just been merged: others come
+            ask(PROMPTS[0], "news", "news")
+            ask(PROMPTS[2], None, None)
+        return found
+
+    def right(one, where, prompt):
+        one.wait()
+        return one.request.new == offline(base, folder / where if where else None, prompt, 45, ignore_eos=True)
+
+    engine.alone.weights = watched
+    engine.start()
+    try:
+        for name in ("film", "news"):
+            engine.load(name, folder / name).result()
+        compiled = slots_module.decode._cache_size()
+        for prompt in PROMPTS[:2]:
+            ask(prompt, "film", "film")
+        assert all(right(*one) for one in asked[:2]) and len(asked) == 4 and all(right(*one) for one in asked[2:])
+        first = plain.index(True)
+        assert False in plain[first:] and engine.counts["merges"]
+        merges = engine.counts["merges"]
+        engine.load("film", folder / "tweets").result()
+        ask(PROMPTS[1], "film", "tweets")
+        assert right(*asked[-1]) and plain[-1] and engine.counts["merges"] == merges + 1
+        ask(PROMPTS[1], None, None)
+        assert right(*asked[-1])
+        assert engine.alone.plain is base.params
+        assert slots_module.decode._cache_size() <= compiled + 2
+        assert jax.tree.all(jax.tree.map(np.array_equal, held, jax.device_get(base.params)))
+    finally:
+        engine.stop()
+
+
+def test_weights_of_less_than_float32_are_not_merged(place):
+    base, folder = place
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.params)
+    bank = AdapterBank(half, capacity=1)
+    bank.add("film", load_adapter(base, folder / "film")[1])
+    alone = Alone(half, bank, 1)
+    assert not alone.stepped(["film", "film"]) and alone.weights(["film"])[0] is half
+    exact = Alone(base.params, bank, 2)
+    assert [exact.stepped(names) for names in (["film"], [None], ["film", None], ["film"], ["film"])] == [False] * 4 + [
+        True
+    ]
 
 
 def test_cancelling_and_running_out_of_time_free_the_slot(served):
