@@ -18,7 +18,7 @@ from jlora.methods import named
 from tests.small import rows, small_model
 
 # one of each kind of plumbing; tests/methods/test_named.py makes, saves and reads every name
-METHODS = ["pissa", "full", "lora+p-tuning", "ia3+houlsby"]
+METHODS = ["pissa", "full", "lora+p-tuning", "ia3+houlsby", "eva", "adalora+norms"]
 
 
 @pytest.fixture(scope="module")

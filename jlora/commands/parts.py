@@ -18,7 +18,7 @@ from jlora.inits import CHANGES_BASE
 from jlora.io import Pretrained
 from jlora.io.adapters import About, about, load_adapter, save_adapter
 from jlora.lora import on_plain_base
-from jlora.methods import named
+from jlora.methods import adalora, named
 from jlora.methods.lora_plus import lora_plus
 from jlora.methods.prefix import settle
 from jlora.train import OptimiserConfig, answer_sums, make_optimiser
@@ -31,9 +31,11 @@ def rates(config: TrainConfig) -> OptimiserConfig:
 
 
 def optimiser_of(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """The run's optimiser; for lora-plus B's rate is `ratio` times A's."""
-    settings = rates(config)
-    if config.adapter or "lora-plus" not in named.names_of(config.method):
+    """The run's optimiser; for lora-plus B's rate is `ratio` times A's, for adalora it keeps the budget of ranks."""
+    settings, names = rates(config), () if config.adapter else named.names_of(config.method)
+    if "adalora" in names:
+        return adalora.budgeted(make_optimiser(settings, steps), named.budget(method_of(config), steps))
+    if "lora-plus" not in names:
         return make_optimiser(settings, steps)
     one = lambda rate: make_optimiser(dataclasses.replace(settings, learning_rate=rate, clip=0.0), steps)
     both = lora_plus(one, settings.learning_rate, config.ratio)
@@ -47,22 +49,26 @@ def method_of(config: TrainConfig) -> named.MethodConfig:
 
 
 def made_by(
-    config: TrainConfig, base: Pretrained, whole: tuple[str, ...] = ()
+    config: TrainConfig,
+    base: Pretrained,
+    whole: tuple[str, ...] = (),
+    sight: Callable[[], named.Sight] = lambda: None,  # pyright: ignore[reportArgumentType]
 ) -> tuple[About, Callable[[Any], tuple[Any, Any]]]:
     """(what the adapter is, params -> (frozen, trained)): a fresh one, or the one to go on from. whole: modules that
-    train whole beside a fresh one."""
+    train whole beside a fresh one. sight: what eva looks at, if it may."""
     if config.adapter:
         folder = config.adapter
         return about(folder), lambda params: load_adapter(dataclasses.replace(base, params=params), folder)[:2]
     settings, key = method_of(config), jax.random.key(config.seed)
-    named.names_of(settings.method)
-    return settings, lambda params: named.make(params, settings, layouts=base.layouts, train=whole, key=key)
+    more = {"train": whole, "sight": sight() if "eva" in named.names_of(settings.method) else None}
+    return settings, lambda params: named.make(params, settings, layouts=base.layouts, key=key, **more)
 
 
 def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Callable[..., Path]:
     """save(folder, trained, card=...): writes the adapter for the base as it is read from its source.
 
-    start: the trained tree before the first step. P-tuning's network is replaced by what it gives.
+    start: the trained tree before the first step. P-tuning's network is replaced by what it gives, AdaLoRA's triples by
+    plain factors of the ranks that are left.
     """
     changed = isinstance(what, named.MethodConfig) and named.lora_config(what).init_lora_weights in CHANGES_BASE
     if isinstance(what, named.MethodConfig) and changed:
@@ -71,7 +77,7 @@ def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Ca
 
     def save(folder: Path, trained: Any, card: dict[str, Any] | None = None) -> Path:
         plain = on_plain_base(trained, start) if changed and not config.adapter else trained
-        return save_adapter(folder, base, settle(plain), what, card=card)
+        return save_adapter(folder, base, adalora.settle(settle(plain)), what, card=card)
 
     return save
 

@@ -59,8 +59,8 @@ class TrainConfig:
     adapter: str | None = None
     """Go on from this adapter (its folder); the method and its settings are then its own."""
     method: str = "lora"
-    """lora, rslora, lora-plus, dora, pissa, olora, ia3, full, top, bitfit, norms, houlsby, pfeiffer, lin, parallel,
-    prompt, p-tuning, prefix, prefix-kv, intrinsic, or a sum: lora+bitfit."""
+    """lora, rslora, lora-plus, dora, pissa, olora, eva, adalora, ia3, full, top, bitfit, norms, houlsby, pfeiffer, lin,
+    parallel, prompt, p-tuning, prefix, prefix-kv, intrinsic, or a sum: lora+bitfit."""
     rank: int = 8
     """Of LoRA and its kin; alpha / rank scales them."""
     alpha: float = 16.0

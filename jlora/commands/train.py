@@ -63,7 +63,7 @@ def train_in(
     test_rows: list[Row],
 ) -> dict[str, Any]:
     """`train` once everything is read, writing into `out`."""
-    what, make = made_by(config, base, task.whole)
+    what, make = made_by(config, base, task.whole, lambda: task.sight(base, examples))
     claim(out)
     save_settings(dataclasses.replace(config, resume=False), out / "settings.yaml")
     frozen, lora = make(base.params)

@@ -47,11 +47,12 @@ def kind_of(base: Pretrained, trained: Any) -> str | None:
         return "IA3" if alone and not beside else None
     if len(trees) > 1 or len(entries) != 1 or not adapters or not hasattr(base.model, "init_cache"):
         return None
+    if base.config.model_type.startswith("gemma"):
+        return None  # it multiplies what its embedding gives by sqrt(d), and PEFT's rows are added after that
     if isinstance(adapters[0], KeptColumns):
         return "PREFIX_TUNING"
-    # Gemma multiplies what its embedding gives by sqrt(d), PEFT's rows are added after that
     plain = isinstance(adapters[0], PrefixRows) and adapters[0].network is None
-    return "PROMPT_TUNING" if plain and not base.config.model_type.startswith("gemma") else None
+    return "PROMPT_TUNING" if plain else None
 
 
 def every_entry(trained: Any) -> dict[str, Any]:

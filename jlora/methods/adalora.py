@@ -10,6 +10,7 @@ means of |w dL/dw| and of its distance from that. A zeroed triple may come back,
     grads = jax.grad(lambda t: loss(t) + 0.1 * regulariser(t))(trained);  trained = optax...
     trained, state = update_budget(step, trained, grads, state, budget)          # step 1, 2, ...; jits
     lora = settle(trained)                                                       # plain factors by rank
+`budgeted(tx, budget)` is all of this as an optimiser, for loops that know nothing of it.
 Departures: w in |w dL/dw| is the weight after the optimiser's step, as in the released code; the scaling is alpha / r
 of the first rank throughout.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jlora.leaves import LoraLeaf
 from jlora.lora import Adapter, LoraFactors, is_adapter, leaf_key, lorafy
@@ -166,6 +168,27 @@ def update_budget(step: Any, trained: Any, grads: Any, state: dict[str, Any], bu
     )
     trained = jax.tree.map(lambda x: next(masked) if isinstance(x, AdaLora) else x, trained, is_leaf=is_adapter)
     return trained, {"sensitivity": sensitivity, "uncertainty": uncertainty, "kept": kept}
+
+
+def budgeted(tx: optax.GradientTransformation, budget: Budget, weight: float = 0.1) -> optax.GradientTransformation:
+    """`tx`, with the gradient of `weight` times the `regulariser` added, and the ranks kept to `budget` after a step.
+
+    A λ outside the budget is updated by what brings it to zero.
+    """
+
+    def init(trained: Any) -> dict[str, Any]:
+        return {"tx": tx.init(trained), "ranks": init_budget(trained), "step": jnp.zeros((), jnp.int32)}
+
+    def update(grads: Any, state: dict[str, Any], trained: Any = None) -> tuple[Any, dict[str, Any]]:
+        grads = jax.tree.map(lambda g, r: g + weight * r.astype(g.dtype), grads, jax.grad(regulariser)(trained))
+        updates, inner = tx.update(grads, state["tx"], trained)
+        moved, step = optax.apply_updates(trained, updates), state["step"] + 1
+        ranked, kept = update_budget(step, moved, grads, state["ranks"], budget)
+        change = lambda u, new, was, old: jnp.where(new == was, u, new - old)
+        updates = jax.tree.map(change, updates, ranked, moved, trained)
+        return updates, {"tx": inner, "ranks": kept, "step": step}
+
+    return optax.GradientTransformation(init, update)
 
 
 def ranks(trained: Any) -> dict[str, list[int]]:

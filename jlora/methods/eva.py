@@ -64,7 +64,10 @@ class Tap(FollowingLeaf):
         free = tuple(ax for ax in product.x if ax not in omega)
         real = jnp.ones([x.shape[product.x.index(ax)] for ax in free], jnp.float32)
         if self.mask is not None:
-            real = real * columns(self.mask, real.shape, self.path)
+            counted = columns(self.mask, real.shape)
+            if counted is None:
+                return y  # no rows of the batch: DeBERTa's relative positions
+            real = real * counted
             x = x * contract(real, free, jnp.ones(()), (), product.x)
         h = contract(x, product.x, self.beside["omega"], omega, (*free, RANK), precision="highest")
         seen = {
@@ -79,14 +82,13 @@ class Tap(FollowingLeaf):
         return self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
 
 
-def columns(mask: Any, shape: tuple[int, ...], path: str) -> jax.Array:
+def columns(mask: Any, shape: tuple[int, ...]) -> Any:
+    """The mask over activations of these leading axes, or None where it does not fit them."""
     if shape[: mask.ndim] == mask.shape:
         return mask.reshape(*mask.shape, *(1,) * (len(shape) - mask.ndim))
     if shape and shape[0] == mask.size:
         return mask.reshape(-1, *(1,) * (len(shape) - 1))
-    raise ValueError(
-        f"{path} multiplies activations {list(shape)} a feature, which mask {list(mask.shape)} does not fit"
-    )
+    return None
 
 
 def total(array: jax.Array, axes: Labels, kept: Labels) -> jax.Array:
@@ -130,7 +132,7 @@ def make(
     for path, entry in sees.items():
         if not np.asarray(found[path]["count"]).all():
             raise ValueError(
-                f"{path} multiplied no activation of these batches by its inputs: leave it out of the targets"
+                f"{path} multiplied no activation of these batches, or none that `mask` fits: leave it out"
             )
         kept[path] = directions(found[path], taps[path]["omega"], entry, most, centre)
     ranks = distribute({path: np.asarray(ratios) for path, (_, ratios) in kept.items()}, rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jlora.config import LoraConfig
 from jlora.lora import is_adapter, lorafy
-from jlora.methods import adapter, bitfit, dora, full, ia3, intrinsic, prefix, prefix_kv
+from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3, intrinsic, prefix, prefix_kv
 from jlora.methods.plant import leaves_of
 from jlora.methods.points import POINTS, find
 from jlora.methods.together import flat, together
@@ -32,7 +32,7 @@ class MethodConfig:
 
     method: str = "lora"
     rank: int = 8
-    """Of LoRA and its kin."""
+    """Of LoRA and its kin; adalora ends with it on average."""
     alpha: float = 16.0
     targets: tuple[str, ...] = EVERY
     """Of LoRA and its kin, and IA3 where given."""
@@ -81,6 +81,39 @@ def by_dora(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, 
     return dora.with_magnitude(*lora(params, c, layouts, key))
 
 
+def by_adalora(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
+    config, first = lora_config(c), first_rank(c)
+    grown = (first / c.rank) ** (0.5 if config.use_rslora else 1)  # the scaling of rank r throughout
+    config = dataclasses.replace(config, r=first, lora_alpha=grown * c.alpha)
+    return adalora.make(params, config=config, layouts=layouts, key=key)
+
+
+def first_rank(c: MethodConfig) -> int:
+    """AdaLoRA's ranks at first: half as many again (Zhang et al., section 4)."""
+    return -(-3 * c.rank // 2)
+
+
+def budget(c: MethodConfig, steps: int) -> adalora.Budget:
+    """AdaLoRA's schedule for a run: a tenth of it with all ranks, three tenths with those it ends with."""
+    return adalora.Budget(first_rank(c), c.rank, steps, steps // 10, 3 * steps // 10, max(1, steps // 100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What eva reads activations off: `apply(params, batch)`, a few batches, and the mask of a batch's columns."""
+
+    apply: Callable[[Any, Any], Any]
+    batches: Iterable[Any]
+    mask: Callable[[Any], Any] | None = None
+
+
+def by_eva(params: Any, c: MethodConfig, layouts: Any, key: Any, sight: Sight) -> tuple[Any, Any]:
+    config = lora_config(c)
+    return eva.make(
+        params, c.rank, sight.apply, sight.batches, mask=sight.mask, config=config, layouts=layouts, key=key
+    )
+
+
 def by_ia3(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
     if c.targets == EVERY:
         return ia3.make(params, layouts=layouts)
@@ -104,8 +137,9 @@ METHODS: dict[str, Made] = {
     "bitfit": lambda params, c, layouts, key: bitfit.make(params, layouts=layouts),
     "norms": lambda params, c, layouts, key: bitfit.norms(params),
     "intrinsic": lambda params, c, layouts, key: intrinsic.make(params, c.dimension, projection=c.projection),
-    **dict.fromkeys(("lora", "rslora", "lora-plus", "pissa", "olora"), lora),
+    **dict.fromkeys(("lora", "rslora", "lora-plus", "pissa", "olora", "eva"), lora),
     "dora": by_dora,
+    "adalora": by_adalora,
     "ia3": by_ia3,
     **{kind: by_layers(kind) for kind in adapter.KINDS},
     "prompt": lambda params, c, layouts, key: prefix.embedding(params, c.virtual_tokens, key=key),
@@ -115,7 +149,7 @@ METHODS: dict[str, Made] = {
 }
 """In the order in which the parts of a sum are made: what trains leaves whole comes before what builds on them."""
 
-LORA_KIN = ("lora", "rslora", "lora-plus", "pissa", "olora", "dora")
+LORA_KIN = ("lora", "rslora", "lora-plus", "pissa", "olora", "eva", "dora")
 """Methods whose files are PEFT's LoRA."""
 
 
@@ -133,13 +167,27 @@ def names_of(method: str) -> list[str]:
     return sorted(names, key=list(METHODS).index)
 
 
-def make(params: Any, config: MethodConfig, *, layouts: Any = None, train: Targets = (), key: Any = None) -> Any:
+def make(
+    params: Any,
+    config: MethodConfig,
+    *,
+    layouts: Any = None,
+    train: Targets = (),
+    key: Any = None,
+    sight: Sight | None = None,
+) -> Any:
     """(frozen, trained) by `config.method`. train: leaves to train whole beside it (a new head).
 
-    Weights that train whole are kept in float32. Raises ValueError for an unknown name, and what the method raises.
+    sight: what eva looks at; without it eva starts as lora. Weights that train whole are kept in float32. Raises
+    ValueError for an unknown name, and what the method raises.
     """
     names, key = names_of(config.method), jax.random.key(0) if key is None else key
-    one = lambda name: lambda p: METHODS[name](p, config, layouts, key)
+
+    def one(name: str) -> Callable[[Any], tuple[Any, Any]]:
+        if name == "eva" and sight:
+            return lambda p: by_eva(p, config, layouts, key, sight)
+        return lambda p: METHODS[name](p, config, layouts, key)
+
     parts: list[Callable[[Any], tuple[Any, Any]]] = [one(name) for name in names]
     if (callable(train) or list(train)) and names != ["full"]:
         parts.insert(0, lambda p: full.make(p, train=train))

@@ -125,6 +125,21 @@ def test_training_ends_in_plain_factors_of_the_budget():
         trained, opt, state, value = step(n, trained, opt, state)
         values.append(float(value))
     assert values[-1] < 0.8 * values[0]
+
+    _, alone = adalora.make(params, 4, alpha=8, key=KEY, layouts=stacks(params), targets=["query", "dense"])
+    whole = adalora.budgeted(tx, budget)
+
+    @jax.jit
+    def plain(trained, opt):
+        fit = lambda t: loss(t) - 0.1 * adalora.regulariser(t)
+        updates, opt = whole.update(jax.grad(fit)(trained), opt, trained)
+        return optax.apply_updates(trained, updates), opt
+
+    opt = whole.init(alone)
+    for _ in range(12):
+        alone, opt = plain(alone, opt)
+    assert adalora.ranks(alone) == adalora.ranks(trained)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), alone, trained)
     found = adalora.ranks(trained)
     assert sum(n for counts in found.values() for n in counts) == 12  # four matrices a layer, three layers, one each
     settled = adalora.settle(trained)

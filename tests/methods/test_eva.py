@@ -57,7 +57,7 @@ def test_sketch_and_mask():
     mask = lambda batch: jnp.arange(55) < 50
     _, lora = eva.make(PARAMS, 3, mlp, padded, rho=1.0, mask=mask, targets="one")
     same_space(lora["one"]["kernel"].lora_a, pca(X)[0][:, :3])
-    with pytest.raises(ValueError, match=r"one/kernel multiplies activations \[55\]"):
+    with pytest.raises(ValueError, match="one/kernel multiplied no activation of these batches, or none that `mask` f"):
         eva.make(PARAMS, 3, mlp, padded, mask=lambda batch: jnp.ones((2, 3), bool))
 
 

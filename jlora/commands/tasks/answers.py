@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora.commands.parts import batches_of, objective
@@ -15,10 +16,13 @@ from jlora.commands.settings import TrainConfig, say, scheme
 from jlora.commands.spread import Spread, spread_of
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
 from jlora.io import Pretrained
-from jlora.train import evaluate, make_eval_step
+from jlora.methods.named import Sight
+from jlora.train import answer_sums, evaluate, make_eval_step
 from jlora.train.loop import Stop
 
 REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots", "offload": "offload"}
+SEEN = 8
+"""Batches that eva looks at."""
 Judge = Callable[[Any, Any, BatchSource, Stop, Callable[[int], None]], dict[str, float]]
 """f(trained, frozen, batches, stop, progress) -> figures; raises `Interrupted` once `stop()`."""
 
@@ -71,6 +75,19 @@ class Answers:
         """All of them once, in order."""
         c, own = self.config, self.spread.own(self.config.batch)
         return BatchSource(examples, c.batch, bucket_lengths(examples, c.buckets), own=own)
+
+    def sight(self, base: Pretrained, examples: list[Any]) -> Sight:
+        """What eva looks at: the model on the first batches of training. Raises ValueError for several processes."""
+        if jax.process_count() > 1:
+            raise ValueError("eva looks at whole batches: one process")
+        many, parts = [self.training(examples, SEEN)[n] for n in range(SEEN)], self.config.accumulate
+        if parts > 1:
+            many = [{name: x[n] for name, x in batch.items()} for batch in many for n in range(parts)]
+        return Sight(self.sees(base), many[:SEEN], lambda batch: batch["mask"])
+
+    def sees(self, base: Pretrained) -> Callable[[Any, Any], Any]:
+        """f(params, batch): anything that runs the whole model."""
+        return answer_sums(base.model)
 
     def objective(self, base: Pretrained) -> Any:
         """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""

@@ -66,6 +66,9 @@ class Labels(Answers):
     def testing(self, examples: list[Any]) -> BatchSource:
         return LabelSource(examples, self.config.batch, bucket_lengths(examples, self.config.buckets))
 
+    def sees(self, base: Pretrained) -> Callable[[Any, Any], Any]:
+        return label_sums(base.model, self.classes is None)
+
     def objective(self, base: Pretrained) -> Any:
         c, numbers = self.config, self.classes is None
         shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.neftune))
