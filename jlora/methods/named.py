@@ -107,6 +107,12 @@ class Sight:
     mask: Callable[[Any], Any] | None = None
 
 
+def sight_of_all(sight: Sight, params: Any) -> Sight:
+    """`sight` of trees that lack weights which another method trains whole: those are `params`'."""
+    whole = lambda p: jax.tree.map(lambda x, own: own if x is None else x, p, params, is_leaf=lambda x: x is None)
+    return dataclasses.replace(sight, apply=lambda p, batch: sight.apply(whole(p), batch))
+
+
 def by_eva(params: Any, c: MethodConfig, layouts: Any, key: Any, sight: Sight) -> tuple[Any, Any]:
     config = lora_config(c)
     return eva.make(
@@ -185,7 +191,7 @@ def make(
 
     def one(name: str) -> Callable[[Any], tuple[Any, Any]]:
         if name == "eva" and sight:
-            return lambda p: by_eva(p, config, layouts, key, sight)
+            return lambda p: by_eva(p, config, layouts, key, sight_of_all(sight, params))
         return lambda p: METHODS[name](p, config, layouts, key)
 
     parts: list[Callable[[Any], tuple[Any, Any]]] = [one(name) for name in names]

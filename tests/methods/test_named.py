@@ -77,6 +77,19 @@ def test_changed_bases_are_written_for_the_plain_one(bases):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
+def test_eva_looks_past_what_trains_whole(bases):
+    base = bases["encoder"]
+    settings = dataclasses.replace(SMALL, method="eva+bitfit", targets=("query",))
+    apply = lambda params, batch: base.model.apply({"params": params}, batch)
+    make = lambda sight: named.make(base.params, settings, layouts=base.layouts, train="classifier", sight=sight)
+    _, trained = make(named.Sight(apply, [TOKENS, TOKENS + 1]))
+    (a,) = (e.lora_a for e in jax.tree.leaves(trained, is_leaf=lambda e: hasattr(e, "lora_a")) if hasattr(e, "lora_a"))
+    there = np.asarray(a[0])[:, np.asarray(a[0]).any(0)]
+    np.testing.assert_allclose(there.T @ there, np.eye(there.shape[1]), atol=1e-4)
+    drawn = jax.tree.leaves(make(None)[1], is_leaf=lambda e: hasattr(e, "lora_a"))
+    assert not any(np.allclose(np.sum(e.lora_a[0] ** 2, 0), 1) for e in drawn if hasattr(e, "lora_a"))
+
+
 def test_refusals(bases, tmp_path):
     base = bases["decoder"]
     for method, text in (
