@@ -9,15 +9,15 @@ from jlora.data import BatchSource, DataError, Example, Row, bucket_lengths, col
 class CharTokenizer:
     """A character a token; end of turn is token 0."""
 
-    eos_token_id, bos_token_id, chat_template = 0, 1, "a template"
+    eos_token_id, bos_token_id, special_tokens_map = 0, 1, {}
+    chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}${{ '\n' }}{% endfor %}"
+        "{{ '<a>' if add_generation_prompt }}"
+    )
 
     def __call__(self, text, add_special_tokens=True):
         assert not add_special_tokens
         return {"input_ids": [0 if c == "$" else ord(c) for c in text]}
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        text = "".join(f"<{m['role'][0]}>{m['content']}$\n" for m in messages)
-        return text + ("<a>" if add_generation_prompt else "")
 
 
 def text_of(tokens):
@@ -40,8 +40,7 @@ def test_chat_masks_every_assistant_turn_and_nothing_else():
 
 def test_a_template_that_rewrites_the_past_is_an_error():
     class Rewriting(CharTokenizer):
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-            return f"{len(messages)}" + super().apply_chat_template(messages, tokenize, add_generation_prompt)
+        chat_template = "{{ messages|length }}" + CharTokenizer.chat_template
 
     with pytest.raises(DataError, match=r"x:3: key 'messages\[0\]'"):
         tokenise(Row(messages=({"role": "assistant", "content": "a"},), where="x:3"), Rewriting())

@@ -128,6 +128,42 @@ ESCAPES = {
     "a sum of kinds": "{{ 'a' + 1 }}",
     "a message's number": "{{ messages[7].role.x }}",
 }
+TURNS = "{% for n in range(100) %}"
+LONG = "{% set a = 'a' * 1000000 %}"
+BOMBS = {
+    "doubled": "{% set s = namespace(x='aaaaaaaa') %}" + TURNS + "{% set s.x = s.x ~ s.x %}{% endfor %}{{ s.x }}",
+    "added": "{% set s = namespace(x='aaaaaaaa') %}" + TURNS + "{% set s.x = s.x + s.x %}{% endfor %}{{ s.x }}",
+    "lists in lists": "{% set s = namespace(x=[1]) %}" + TURNS + "{% set s.x = [s.x, s.x] %}{% endfor %}{{ s.x }}",
+    "tuples as a key": "{% set s = namespace(x=(1,)) %}"
+    + TURNS
+    + "{% set s.x = (s.x, s.x) %}{% endfor %}{{ {s.x: 1} }}",
+    "blocks": "{% set a = 'aaaaaaaa' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
+    "a cycle": "{% set a = namespace() %}{% set a.b = [a] %}{{ a.b }}",
+    "times": "{{ 'a' * 1000000000 }}",
+    "a list, times": "{{ ([1] * 4000000)|list }}",
+    "a power": "{{ 9 ** 999999999 }}",
+    "center": "{{ 'a'|center(1000000000) }}",
+    "zfill": "{{ 'a'.zfill(1000000000) }}",
+    "a format": "{{ '%1000000000d' % 1 }}",
+    "a format's star": "{{ '%*d'|format(1000000000, 1) }}",
+    "braces": "{{ '{:1000000000}'.format(1) }}",
+    "braces in braces": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "replace": LONG + "{{ a.replace('', a) }}",
+    "join": LONG + "{{ range(100000)|join(a) }}",
+    "join of what is made on demand": LONG + "{{ a.join(range(90000)|map('string')) }}",
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for x in [range(90000)] recursive %}{{ loop([range(90000)]) }}{% endfor %}",
+    "a tree of macros": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "batch": "{{ [1]|batch(1000000000, 'x')|list }}",
+    "indent": "{{ ('\\n' * 100000)|indent(100000, true) }}",
+    "tojson": "{{ (range(1000)|list)|tojson(indent=1000000) }}",
+    "slices": LONG + "{% for i in range(100000) %}{% set b = a[1:] %}{% endfor %}",
+    "comparisons": LONG + "{% for i in range(100000) %}{% if a == a ~ '' %}{% endif %}{% endfor %}",
+    "membership": "{% set r = range(99999)|list %}{% for i in r %}{% if i in r %}{% endif %}{% endfor %}",
+    "a slow filter": LONG + "{% for i in range(99999) %}{{ a|title|length }}{% endfor %}",
+    "output": "{% for i in range(100000) %}" + "x" * 1000 + "{% endfor %}",
+    "a long template": "x" * 200_000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +178,14 @@ def test_a_template_is_refused(name, words, tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "good"}]
     refused(lambda: render(words, messages, True, "a model"), tmp_path, "a model: the chat template fails")
     assert messages == [{"role": "user", "content": "good"}]
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_asks_for_too_much_is_refused(name, words, tmp_path):
+    words.chat_template = BOMBS[name]
+    messages = [{"role": "user", "content": "good"}]
+    says = "the chat template fails: TooMuch: it (takes|makes|writes|pads|has|uses)"
+    refused(lambda: render(words, messages, True), tmp_path, says)
 
 
 @pytest.fixture(scope="module")
