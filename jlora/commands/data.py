@@ -61,7 +61,8 @@ def rendered(row: Row, example: Example, tokenizer: Any, colour: bool) -> str:
         pair = f"\n{row.pair}" if row.pair is not None else ""
         return f"{row.text}{pair}\n=> {row.label!r}"
     text = shown(example, tokenizer, colour)
-    return f"{text}\nrejected: {row.rejected}" if row.rejected else text
+    other = row.rejected or " | ".join(turn["content"] for turn in row.rejected_messages[row.given :])
+    return f"{text}\nrejected: {other}" if row.kind == "preference" else text
 
 
 def statistics(rows: list[Row], examples: list[Example], max_length: int, buckets: int) -> dict[str, Any]:

@@ -26,8 +26,9 @@ class Row:
     """One example, of one of these kinds:
 
     `prompt` and `completion` (an empty prompt: plain text, all of which carries the loss); `messages` ({role, content}
-    in order); a preference: `prompt`, `completion` (chosen) and `rejected`; `text`, maybe `pair`, and `label` (a class
-    or a number). `where`: file:line.
+    in order, of which the first `given` carry none); a preference: `prompt`, `completion` (chosen) and `rejected`, or
+    `messages` (chosen) and `rejected_messages`; `text`, maybe `pair`, and `label` (a class or a number). `where`:
+    file:line.
     """
 
     prompt: str = ""
@@ -35,6 +36,8 @@ class Row:
     messages: tuple[dict[str, str], ...] = ()
     where: str = ""
     rejected: str = ""
+    rejected_messages: tuple[dict[str, str], ...] = ()
+    given: int = 0
     text: str = ""
     pair: str | None = None
     label: str | int | float | None = None
@@ -44,9 +47,16 @@ class Row:
         """chat, preference, label, text or answer."""
         if self.label is not None:
             return "label"
-        if self.messages:
-            return "chat"
-        return "preference" if self.rejected else "answer" if self.prompt else "text"
+        if self.rejected or self.rejected_messages:
+            return "preference"
+        return "chat" if self.messages else "answer" if self.prompt else "text"
+
+    @property
+    def sides(self) -> tuple[Row, Row]:
+        """A preference's chosen and rejected answer, each as a row by itself."""
+        chosen = dataclasses.replace(self, rejected="", rejected_messages=())
+        other = {"messages": self.rejected_messages} if self.messages else {"completion": self.rejected}
+        return chosen, dataclasses.replace(chosen, **other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +134,8 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
         if record.get("tools"):
             warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=2)
         return Row(messages=_messages(record["messages"], where), where=where)
+    if isinstance(record.get("chosen"), list):
+        return _chats(record, where)
     if "chosen" in record or "rejected" in record:
         prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
         if not (chosen and rejected):
@@ -183,11 +195,25 @@ def _answer(record: dict[str, Any], key: str, where: str) -> str:
     return text
 
 
-def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
+def _chats(record: dict[str, Any], where: str) -> Row:
+    """A preference between chats: whole ones, or what follows a `prompt` of messages. A text `prompt` beside chats is
+    their first turn once more (as in UltraFeedback), and is not read."""
+    prompt = record.get("prompt")
+    before = _messages(prompt, where, "prompt") if isinstance(prompt, list) else ()
+    chosen, rejected = (before + _messages(record.get(key), where, key) for key in ("chosen", "rejected"))
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    same = next((n for n, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    for name, chat in (("chosen", chosen), ("rejected", rejected)):
+        if not any(message["role"] == "assistant" for message in chat[same:]):
+            raise DataError(f"{where}: key {name!r} has no assistant turn of its own: there is nothing to prefer")
+    return Row(messages=chosen, rejected_messages=rejected, given=same, where=where)
+
+
+def _messages(messages: Any, where: str, key: str = "messages") -> tuple[dict[str, str], ...]:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: key 'messages' must be a list of {{role, content}}, got {_kind(messages)}")
+        raise DataError(f"{where}: key {key!r} must be a list of {{role, content}}, got {_kind(messages)}")
     for n, message in enumerate(messages):
-        at = f"{where}: key 'messages[{n}]"
+        at = f"{where}: key '{key}[{n}]"
         if not isinstance(message, dict):
             raise DataError(f"{at}' must be an object with role and content, got {_kind(message)}")
         if message.get("role") not in ROLES:
@@ -195,7 +221,7 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
         if not isinstance(message.get("content"), str):
             raise DataError(f"{at}.content' must be text, got {_kind(message.get('content'))}")
         _unicode(message["content"], f"{at}.content'")
-    if not any(message["role"] == "assistant" for message in messages):
+    if key == "messages" and not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: key 'messages' has no assistant turn: there is nothing to learn from the row")
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 

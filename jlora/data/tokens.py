@@ -56,7 +56,7 @@ def chat_pieces(row: Row, tokenizer: Any) -> list[tuple[list[int], bool]]:
     pieces: list[tuple[list[int], bool]] = []
     done = ""
     for n, message in enumerate(row.messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or n < row.given:
             continue
         before, after = render(n, True), render(n + 1, False)
         if not (before.startswith(done) and after.startswith(before)):

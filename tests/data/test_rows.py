@@ -1,11 +1,14 @@
 """Rows: what is read, and what a bad row says."""
 
+import dataclasses
 import json
 
 import pytest
 
 from jlora.data import Columns, DataError, classes_of, parse_snippets, rated_rows, read_rows, split_rows
 from jlora.data.rows import parse_row
+from jlora.data.tokens import tokenise
+from tests.small import tokenizer
 
 
 def write(path, *records):
@@ -86,6 +89,29 @@ def test_what_a_record_is_is_told_by_its_keys():
         parse_row({"text": "a", "label": None}, "x:1")
     with pytest.warns(UserWarning, match="'tools' of chat rows are not rendered"):
         parse_row({**kinds["chat"], "tools": [{}]}, "x:1")
+
+
+def test_preferences_between_chats():
+    turn = lambda role, content: {"role": role, "content": content}
+    ask, good, bad = turn("user", "q"), turn("assistant", "yes"), turn("assistant", "no")
+    before = [turn("user", "hello"), turn("assistant", "hi"), ask]
+    whole = parse_row({"prompt": "q", "chosen": [*before, good], "rejected": [*before, bad]}, "x:1")
+    after = parse_row({"prompt": before, "chosen": [good], "rejected": [bad]}, "x:1")
+    assert whole == after and whole.kind == "preference" and whole.given == 3
+    one, other = whole.sides
+    assert (one.kind, one.messages, other.messages) == ("chat", (*before, good), (*before, bad))
+    known = {"hello": "good", "hi": "bad", "q": "film", "yes": "fine"}
+    turns = [{**turn, "content": known[turn["content"]]} for turn in one.messages]
+    words = tokenizer()
+    example = tokenise(dataclasses.replace(one, messages=tuple(turns)), words)
+    assert words.decode(example.tokens[example.loss_mask]) == "fine <|im_end|>"  # not the answer before it
+    for wrong, text in (
+        ({"chosen": [ask, good], "rejected": [ask, good]}, "'chosen' has no assistant turn of its own"),
+        ({"chosen": [ask, good], "rejected": "no"}, "'rejected' must be a list"),
+        ({"prompt": [{}], "chosen": [good], "rejected": [bad]}, r"'prompt\[0\].role' must be one of"),
+    ):
+        with pytest.raises(DataError, match=f"x:1: key {text}"):
+            parse_row(wrong, "x:1")
 
 
 def test_templates_make_rows_of_other_columns(tmp_path):

@@ -17,8 +17,7 @@ class Pairs(Answers):
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         sides, cuts = [], 0
-        for text in (lambda row: row.completion, lambda row: row.rejected):
-            alone = [Row(row.prompt, text(row), where=row.where) for row in rows]
+        for alone in zip(*(row.sides for row in rows), strict=True):
             side, cut = tokenise_rows(alone, base.tokenizer, self.config.max_length)
             sides, cuts = [*sides, side], cuts + cut
         return list(zip(*sides, strict=True)), cuts
