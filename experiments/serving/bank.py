@@ -3,7 +3,9 @@
     python experiments/serving/bank.py [--rows 64] [--resident 1000] [--repeats 15] [--layers 30] [--json FILE]
 
 SmolLM2-135M's shape, random weights, rank 8 on q and v, float32: a decoding step of `rows` requests with 32 tokens in
-each cache, and the reading of `rows` prompts of 16 tokens. Programs run in turn; the figures are medians, and the
+each cache, and the reading of `rows` prompts of 16 tokens. One adapter for all rows runs as the engine does it: on
+weights that it was merged into after a stretch of such steps (`jlora/serve/alone.py`); "unmerged" is that stretch, and
+"the merge" what it ends with. Programs run in turn; the figures are medians, and the
 ratios medians over rounds of merged / bank, so 1.00 is the merged model's throughput. "cpu" is the time of all threads,
 which on a machine that others use says more than the clock.
 """
@@ -79,7 +81,8 @@ def main() -> None:
     works = {
         "merged": Work(model, jlora.merge(params, lora), none, one),
         f"{given.rows} adapters in the batch": Work(model, params, small.tree(), each),
-        "1 adapter in the batch": Work(model, params, small.tree(), one),
+        "1 adapter in the batch": Work(model, small.merged(params, 0), none, one),
+        "1 adapter, unmerged": Work(model, params, small.tree(), one),
         f"{given.rows} of {given.resident} resident": Work(model, params, large.tree(), spread),
     }
     same = [np.asarray(work.start().step()) for work in works.values()]
@@ -87,6 +90,7 @@ def main() -> None:
     found = {
         "a decoding step": paired({name: work.step for name, work in works.items()}, given.repeats),
         "16 tokens of prompt": paired({name: work.read for name, work in works.items()}, given.repeats),
+        "the merge": paired({"of 1 adapter": lambda: small.merged(params, 0)}, given.repeats),
     }
     print(f"{jax.devices()[0].device_kind}, {given.rows} rows, {given.layers} layers, {given.repeats} rounds\n")
     for what, figures in found.items():
@@ -94,7 +98,9 @@ def main() -> None:
             [name, *(f"{f[key]:.0f}" for key in ("ms", "least", "cpu")), f"{f['ratio']:.2f}", f"{f['cpu_ratio']:.2f}"]
             for name, f in figures.items()
         ]
-        print(table([what, "ms, median", "least", "cpu ms", "of merged's throughput", "by cpu time"], rows), end="\n\n")
+        head = [what, "ms, median", "least", "cpu ms", "of merged's throughput", "by cpu time"]
+        alone = len(head) - 2 if what == "the merge" else len(head)
+        print(table(head[:alone], [row[:alone] for row in rows]), end="\n\n")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -2,11 +2,11 @@
 
     python experiments/serving/load.py --model smollm2-135m-instruct --adapters runs [--minutes 10] [--clients 32]
 
-Starts `jlora serve` itself. Clients pick adapters at random and ask greedily, streamed or not, each answer compared
-with the offline one of that adapter; they also break off in the middle, send bodies that are too large or no JSON, ask
-for models that are not there, and load, use and unload adapters of their own. 429 is waited out. Prints what was done,
-and the server's memory after a warm-up and at the end; exits 1 after any wrong answer, unexpected status, or growth of
-more than 5 %.
+Starts `jlora serve` itself, on the adapters in the folder that fit the model. Clients pick adapters at random and ask
+greedily, streamed or not, each answer compared with the offline one of that adapter; they also break off in the middle,
+send bodies that are too large or no JSON, ask for models that are not there, and load, use and unload adapters of their
+own. 429 is waited out. Prints what was done, and the server's memory after a warm-up (a quarter of the time) and at the
+end; exits 1 after any wrong answer, unexpected status, or growth of more than 5 %.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,23 @@ PROMPTS = [
 BODY = 1 << 16
 
 
+MOST_WRONG = 100
+"""After so many the run ends: a server that has died gives no more to see."""
+
+
 def offline(model: str, folders: dict[str, Path], prompts: list[str], count: int) -> dict[tuple[str, str], str]:
-    """{(adapter, prompt): what `generate` writes}; the adapter "" is the base."""
+    """{(adapter, prompt): what `generate` writes}; the adapter "" is the base. Those that do not fit are left out."""
     base = load(model)
     config = GenerateConfig(max_new_tokens=count)
     out = {}
     for name, folder in {"": None, **folders}.items():
         params = base.params
         if folder is not None:
-            frozen, lora, _ = load_adapter(base, folder)
+            try:
+                frozen, lora, _ = load_adapter(base, folder)
+            except (ValueError, OSError) as error:
+                print(f"left out: {name}: {error}", file=sys.stderr)
+                continue
             params = jlora.combine(frozen, lora)
         for prompt, text in zip(
             prompts, generate_text(base.model, params, base.tokenizer, prompts, config), strict=True
@@ -137,8 +146,9 @@ class Load:
 
     async def client(self, number: int) -> None:
         async with httpx.AsyncClient(base_url=self.url, timeout=600) as http:
-            first = [(n + number) % 5 for n in range(5)]  # everything once, then at random until the end
-            while first or time.monotonic() < self.until:
+            # everything once, then at random until the end
+            first = [(n + number) % 5 for n in range(5)]
+            while (first or time.monotonic() < self.until) and len(self.wrong) < MOST_WRONG:
                 name, prompt = random.choice(["", *self.folders]), random.choice(self.prompts)
                 what = first.pop() if first else random.choices(range(5), (9, 6, 2, 2, 1))[0]
                 try:
@@ -158,8 +168,9 @@ class Load:
 
 
 def resident(pid: int) -> float:
-    """MB of memory in use by a process."""
-    held = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    """MB of memory in use by a process; 0 if it has ended."""
+    status = Path(f"/proc/{pid}/status")
+    held = re.search(r"VmRSS:\s+(\d+) kB", status.read_text() if status.exists() else "")
     return int(held[1]) / 1e3 if held else 0.0
 
 
@@ -169,8 +180,8 @@ async def run(load: Load, minutes: float, pid: int) -> list[float]:
     memory = []
 
     async def watch() -> None:
-        while True:
-            memory.append(resident(pid))
+        while held := resident(pid):
+            memory.append(held)
             await asyncio.sleep(1)
 
     watching = asyncio.create_task(watch())
@@ -191,29 +202,49 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(words)
     folders = Folders([given.adapters]).found()
     want = offline(given.model, folders, given.prompts, given.tokens)
+    folders = {name: folder for name, folder in folders.items() if (name, given.prompts[0]) in want}
+    if not folders:
+        raise SystemExit(f"{given.adapters} holds no adapter of {given.model}")
     command = [sys.executable, "-m", "jlora.cli", "serve", "--model", given.model, "--adapters", str(given.adapters)]
     command += ["--port", "0", "--name", "base", "--body-bytes", str(BODY), "--queue", str(max(given.clients // 2, 1))]
     command += ["--seconds", "600", "--resident", "3", "--max-length", "256"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    log: list[str] = []
-    assert server.stderr is not None
-    for line in server.stderr:
-        log.append(line)
-        if found := re.search(r"running on (http://\S+)", line):
-            url = found[1]
-            break
-    else:
-        raise SystemExit("".join(log))
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:  # a pipe that nobody reads would fill
+        server = subprocess.Popen(command, stderr=open(log.name, "w"), text=True)  # noqa: SIM115 - the server's to close
+        try:
+            report = drive(given, server, log, folders, want)
+        finally:
+            server.kill()
+            server.wait()
+    print(json.dumps(report, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def drive(given: Any, server: Any, log: Any, folders: dict[str, Path], want: Any) -> dict[str, Any]:
+    """The run against a server that is starting; its report."""
+    text = lambda: Path(log.name).read_text(encoding="utf-8", errors="replace")
+    while not (found := re.search(r"running on (http://\S+)", text())):
+        if server.poll() is not None:
+            raise SystemExit(text())
+        time.sleep(0.2)
+    url = found[1]
     load = Load(url, "base", folders, want, given.tokens, given.clients)
     memory = asyncio.run(run(load, given.minutes, server.pid))
-    metrics = httpx.get(f"{url}/metrics", timeout=60).text
-    left = {name: int(float(re.search(rf"^jlora_{name} (\S+)", metrics, re.M)[1])) for name in ("running", "waiting")}  # pyright: ignore[reportOptionalSubscript]
-    server.send_signal(signal.SIGTERM)
-    load.wrong += [line for line in server.communicate(timeout=120)[1].splitlines() if "Error" in line]
+    left = dict.fromkeys(("running", "waiting"), -1)
+    if server.poll() is None:
+        until = time.monotonic() + 60  # what was broken off ends after the present step
+        while any(left.values()) and time.monotonic() < until:
+            metrics = httpx.get(f"{url}/metrics", timeout=60).text
+            left = {name: int(float(re.search(rf"^jlora_{name} (\S+)", metrics, re.M)[1])) for name in left}  # pyright: ignore[reportOptionalSubscript]
+            time.sleep(0.2)
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=120)
+    load.wrong += [line for line in text().splitlines() if "Error" in line]
     quarter = max(len(memory) // 4, 1)
     # the first quarter is the warm-up: programs are compiled and caches grow
     after, end = (float(np.median(part)) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
-    report = {
+    return {
         "done": dict(sorted(load.done.items())),
         "wrong": load.wrong[:20],
         "left in the server": left,
@@ -222,10 +253,6 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         "growth": round(end / after - 1, 4),
         "exit": server.returncode,
     }
-    print(json.dumps(report, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
 
 
 if __name__ == "__main__":
