@@ -209,7 +209,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     command += ["--port", "0", "--name", "base", "--body-bytes", str(BODY), "--queue", str(max(given.clients // 2, 1))]
     command += ["--seconds", "600", "--resident", "3", "--max-length", "256"]
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:  # a pipe that nobody reads would fill
-        server = subprocess.Popen(command, stderr=open(log.name, "w"), text=True)  # noqa: SIM115 - the server's to close
+        with Path(log.name).open("w") as sink:
+            server = subprocess.Popen(command, stderr=sink)
         try:
             report = drive(given, server, log, folders, want)
         finally:
