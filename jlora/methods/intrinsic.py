@@ -4,7 +4,7 @@ Li et al. 2018 (1804.08838); structure-aware SAID, with a trained scale a weight
 2012.13255, section 3.1). Three projections, none of them stored:
 - "dense": rows of N(0, 1/D) entries drawn again at every use, block by block: slow;
 - "sparse": every number of W sums four of theta's with random signs, drawn again at every use;
-- "fastfood" (Le et al. 2013): H G Pi H B in blocks of a power of two, O(log D) operations a number.
+- "fastfood" (Le et al. 2013): H G Pi H B in blocks of a power of two.
 Each gives a number the expected square |theta|^2 / D, D the dimension. Departure: "sparse" is a count sketch
 with K entries a row, where Li et al. draw about sqrt(n) a column.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.leaves import is_implicit
 from jlora.lora import Adapter
@@ -51,29 +52,50 @@ def sparse(key: Any, theta: jax.Array, n: int) -> jax.Array:
 
 
 def hadamard(x: jax.Array) -> jax.Array:
-    """The Walsh-Hadamard transform of the last axis, its length m a power of two, times 1/sqrt(m)."""
+    """The Walsh-Hadamard transform of the last axis, its length m a power of two, times 1/sqrt(m).
+
+    As products with the matrices of its Kronecker factors, of at most 128 rows: m * 128 operations each instead of a
+    pass over memory for every bit of m.
+    """
     m = x.shape[-1]
-    lead, half = x.shape[:-1], 1
-    while half < m:
-        x = x.reshape(*lead, -1, 2, half)
-        x = jnp.stack([x[..., 0, :] + x[..., 1, :], x[..., 0, :] - x[..., 1, :]], -2).reshape(*lead, m)
-        half *= 2
-    return x / m**0.5
+    whole, factors = x.shape, [min(128, m >> done) for done in range(0, m.bit_length() - 1, 7)]
+    x = x.reshape(*x.shape[:-1], *factors)
+    for axis, n in enumerate(factors, len(whole) - 1):
+        x = jnp.moveaxis(jnp.matmul(jnp.moveaxis(x, axis, -1), sylvester(n), precision="highest"), -1, axis)
+    return x.reshape(whole)
+
+
+def sylvester(n: int) -> np.ndarray:
+    """Hadamard's matrix [n, n] in Sylvester's order, orthonormal: (-1)^(bits that row and column share) / sqrt(n)."""
+    bits = np.arange(n)
+    shared = np.bitwise_count(bits[:, None] & bits).astype(np.float32)
+    return (1 - 2 * (shared % 2)) / np.float32(n) ** 0.5
+
+
+def places(key: Any, rows: int, m: int) -> jax.Array:
+    """u32 [rows, m]: a permutation of 0 .. m - 1 a row, m a power of two, by rounds of odd multiples and shifts: a sort
+    of random numbers would take most of a step."""
+    at = jnp.broadcast_to(jnp.arange(m, dtype=jnp.uint32), (rows, m))
+    for k in jax.random.split(key, 4):
+        odd, more = jax.random.bits(k, (2, rows, 1), jnp.uint32)
+        at = (at * (odd | 1) + more) & (m - 1)
+        at ^= at >> max(1, m.bit_length() // 2)
+    return at
 
 
 def fastfood(key: Any, theta: jax.Array, n: int) -> jax.Array:
     """[n], in blocks of the power of two m >= D: H G Pi H B theta, each block with its own draw of B, Pi, G."""
     m = 1 << max(1, (theta.size - 1).bit_length())
-    padded = jnp.pad(theta, (0, m - theta.size))
+    padded, rows = jnp.pad(theta, (0, m - theta.size)), min(-(-n // m), max(1, BLOCK // m))
 
-    def block(_: Any, k: Any) -> tuple[None, jax.Array]:
+    def blocks(_: Any, k: Any) -> tuple[None, jax.Array]:
         sign, order, gauss = jax.random.split(k, 3)
-        g = jax.random.normal(gauss, (m,), theta.dtype)
-        h = hadamard(jax.random.rademacher(sign, (m,), theta.dtype) * padded)
-        h = hadamard(jax.random.permutation(order, h) * g)
+        g = jax.random.normal(gauss, (rows, m), theta.dtype)
+        h = hadamard(jax.random.rademacher(sign, (rows, m), theta.dtype) * padded)
+        h = hadamard(jnp.take_along_axis(h, places(order, rows, m), 1) * g)
         return None, h * (m / theta.size) ** 0.5
 
-    _, out = jax.lax.scan(jax.checkpoint(block), None, jax.random.split(key, -(-n // m)))
+    _, out = jax.lax.scan(jax.checkpoint(blocks), None, jax.random.split(key, -(-n // (rows * m))))
     return out.ravel()[:n]
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.linalg import hadamard
 from toys import TOKENS, encoder
 
 import jlora
@@ -38,6 +39,18 @@ def test_hadamard_is_orthonormal():
     h = intrinsic.hadamard(jnp.eye(8))
     np.testing.assert_allclose(h @ h.T, jnp.eye(8), atol=1e-6)
     np.testing.assert_allclose(jnp.abs(h), 8**-0.5, rtol=1e-6)
+    x = jax.random.normal(KEY, (2, 1024))  # of two factors
+    np.testing.assert_allclose(intrinsic.hadamard(x), x @ hadamard(1024) / 32, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [2, 8, 2048])
+def test_places_are_permutations(m):
+    at = np.asarray(intrinsic.places(KEY, 3, m))
+    np.testing.assert_array_equal(np.sort(at, 1), np.broadcast_to(np.arange(m), (3, m)))
+    if m == 2048:  # of every row its own, and nothing of the order is left
+        assert (at[0] == at[1]).mean() < 0.01
+        assert abs(np.corrcoef(at[0], np.arange(m))[0, 1]) < 0.1
+        assert np.unique(np.diff(at[0].astype(int))).size > m / 4
 
 
 @pytest.mark.parametrize("name", intrinsic.PROJECTIONS)
