@@ -37,9 +37,9 @@ def config_of(domain: str, output: Path, steps: int) -> TrainConfig:
     return TrainConfig(**{**given, "data": f"pip:{domain}", "output": str(output / domain), "steps": steps})
 
 
-def crossed(configs: dict[str, TrainConfig], rows: int, kept: Path) -> Table:
+def crossed(configs: dict[str, TrainConfig], rows: int, kept: Path, more: dict[str, Path] | None = None) -> Table:
     """The figures of every adapter on `rows` rows a domain that training did not see. What `kept` holds already is not
-    judged again, what is judged is added to it at once.
+    judged again, what is judged is added to it at once. more: folders of further adapters by name.
     """
     some = next(iter(configs.values()))
     task = Answers(some)
@@ -50,8 +50,9 @@ def crossed(configs: dict[str, TrainConfig], rows: int, kept: Path) -> Table:
         held_out = split_rows(rows_of(config, config.data), config.held_out, config.seed)[1][:rows]
         tests[domain] = task.testing(task.examples(held_out, base, domain))
     table: Table = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    for name in ("none", *configs):
-        frozen, lora, _ = load_adapter(base, Path(configs.get(name, some).output) / "adapter")
+    folders = {name: Path(config.output) / "adapter" for name, config in configs.items()} | (more or {})
+    for name in ("none", *folders):
+        frozen, lora, _ = load_adapter(base, folders.get(name, Path(some.output) / "adapter"))
         if name == "none":  # the same program, the difference zero
             lora = jax.tree.map(jnp.zeros_like, lora)
         row = table.setdefault(name, {})

@@ -16,6 +16,8 @@ LARGEST = 2**24
 MOST_LAYERS = 4096
 POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 POSITIVE += ("n_embd", "n_head", "n_positions", "max_position_embeddings")
+UNSET = ("max_relative_positions", "position_buckets")
+"""Where the Hub's configs write -1 for none, as every DeBERTa's does."""
 
 
 def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
@@ -23,7 +25,8 @@ def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
     possible size."""
     for field in dataclasses.fields(family):  # before anything of such a size is made
         value = hub.get(field.name)
-        if str(field.type).startswith("int") and value is not None and not fits(value, "int"):
+        none = value == -1 and field.name in UNSET
+        if str(field.type).startswith("int") and value is not None and not (none or fits(value, "int")):
             raise ValueError(f"{where}: {field.name} is {value!r:.60}, no size of a model")
     try:
         with np.errstate(all="raise"):
@@ -36,7 +39,7 @@ def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
         raise ValueError(f"{where}: {one_line(error)}") from None
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if not fits(value, str(field.type)):
+        if not (fits(value, str(field.type)) or (value == -1 and field.name in UNSET)):
             raise ValueError(f"{where}: {field.name} is {value!r:.60}, not {field.type} in its range")
     none = [name for name in POSITIVE if getattr(config, name, 1) < 1]
     if none:

@@ -1,0 +1,37 @@
+"""Learning rates chosen on rows held out of train, then one fit a seed on the rows that count."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.paper.cells import Cell, Results
+
+Fit = Callable[[float, int, str], dict[str, Any]]
+"""fit(rate, seed, test set) -> figures with "score", more is better."""
+SEARCH = 100
+"""The seed of the search: none of those that count."""
+
+
+def tuned(name: str, rates: Sequence[float], seeds: int, fit: Fit, tests: tuple[str, str] = ("split", "dev")) -> list:
+    """Cells NAME/rate R on the first of `tests`, then NAME/seed N at the best rate on the second."""
+
+    def search(rate: float, done: Results) -> dict[str, Any]:
+        return fit(rate, SEARCH, tests[0])
+
+    def final(seed: int, done: Results) -> dict[str, Any]:
+        rate = best(name, rates, done)
+        return {**fit(rate, seed, tests[1]), "rate": rate}
+
+    tried = [Cell(f"{name}/rate {rate:g}", functools.partial(search, rate)) for rate in rates]
+    return tried + [Cell(f"{name}/seed {seed}", functools.partial(final, seed)) for seed in range(seeds)]
+
+
+def best(name: str, rates: Sequence[float], done: Results) -> float:
+    return max(rates, key=lambda rate: done[f"{name}/rate {rate:g}"]["score"])
+
+
+def of(done: Results, name: str, key: str = "score") -> list[float]:
+    """A figure of every seed that is there."""
+    return [held[key] for full, held in done.items() if full.startswith(f"{name}/seed ")]

@@ -1,0 +1,152 @@
+"""Tables, figures and pages of the results that are there.
+
+    python -m experiments.report            # experiments/README.md, experiments/results/*.png, build/results.html
+
+README.md and the page say the same: the claims, then a section an experiment. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from experiments.all import NAMES, RESULTS, experiment
+from experiments.paper.cells import Experiment, Kept
+from experiments.paper.claims import CLAIMS
+from experiments.paper.tables import Shown, Table
+from jlora.commands.html import STYLE
+
+README = Path(__file__).parent / "README.md"
+PAGE = Path("build/results.html")
+INTRO = """The paper is [Hu et al. 2021](https://arxiv.org/abs/2106.09685), version 2. What is here was run on two CPU
+cores with two small models, MiniLM (22M parameters, in RoBERTa's place) and SmolLM2 (135M, in GPT-2's), few steps, and
+the seeds that each table states; learning rates are chosen on rows held out of train, never on the rows that count. It
+shows that the methods do what they should and whether the paper's findings hold at this size; the paper's own figures
+need its models, whose recipes are in `experiments/recipes.py`."""
+RUN = """    python -m experiments.all --budget 8h       # goes on from experiments/results, cell by cell
+    python -m experiments.all --small --output build/small
+    python -m experiments.report                # this file, the figures, build/results.html
+    python -m experiments.recipes               # the paper's own models: settings and figures to hold them against
+
+Files of GLUE, E2E, WebNLG and DART lie below `$JLORA_SHARED/data` (`experiments/paper/works.py`); models and snippets
+come by pip. METEOR and CIDEr need `pip install nltk pycocoevalcap` and Java."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One experiment as it stands: how many of its cells are there, and what they show."""
+
+    about: Experiment
+    done: int
+    of: int
+    shown: Shown
+
+    @property
+    def state(self) -> str:
+        return "complete" if self.done == self.of else f"{self.done} of {self.of} cells"
+
+
+def parts(folder: Path, small: bool = False) -> tuple[list[Part], dict[str, Any]]:
+    """(every experiment's part, results by experiment)."""
+    out, results = [], {}
+    for name in NAMES:
+        one = experiment(name)
+        config = one.small if small else one.config
+        done = Kept(folder, name, dataclasses.asdict(config)).results
+        names = [cell.name for cell in one.cells(config)]
+        out.append(Part(one, sum(name in done for name in names), len(names), one.show(config, done)))
+        results[name] = done
+    return out, results
+
+
+def claims(results: dict[str, Any]) -> Table:
+    rows = [[claim.claim, claim.paper, claim.here(results) or "not run yet", f"`{claim.how}`"] for claim in CLAIMS]
+    return Table(["claim", "the paper", "here", "run"], rows)
+
+
+def markdown(found: list[Part], results: dict[str, Any]) -> str:
+    """README.md."""
+    out = ["# The paper, run here", INTRO, RUN, "## Claims", claims(results).markdown()]
+    for part in found:
+        if not part.done:
+            continue
+        out += [f"## {part.about.title}", f"`python -m experiments.all {part.about.name}`: {part.state}."]
+        out += [table.markdown() for table in part.shown.tables]
+        out += [f"![{figure.caption}](results/{figure.name}.png)" for figure in part.shown.figures]
+    left = [f"{part.about.name} ({part.about.title})" for part in found if not part.done]
+    out += [f"Not run yet: {'; '.join(left)}."] if left else []
+    return "\n\n".join(out) + "\n"
+
+
+SORT = """document.querySelectorAll('th').forEach(th => th.onclick = () => {
+  const table = th.closest('table'), at = [...th.parentNode.children].indexOf(th), up = th.dataset.up = th.dataset.up ? '' : '1'
+  const key = row => { const text = row.children[at].innerText, x = parseFloat(text.replace(/,/g, '')); return isNaN(x) ? text : x }
+  const rows = [...table.rows].slice(1).sort((a, b) => { const x = key(a), y = key(b)
+    return (x === '' ? 1 : y === '' ? -1 : typeof x === typeof y ? (x > y) - (x < y) : typeof x === 'number' ? -1 : 1) * (up ? 1 : -1) })
+  table.append(...rows) })"""  # noqa: E501
+
+
+def page(found: list[Part], results: dict[str, Any]) -> str:
+    """The same in one HTML file; a click on a column's head sorts by it."""
+    out = ["<h1>The paper, run here</h1>", f"<p>{escape(INTRO)}</p>", "<h2>Claims</h2>", html(claims(results))]
+    for part in found:
+        out += [f"<h2>{escape(part.about.title)}</h2>", f"<p>{escape(part.state)}</p>"]
+        if part.done:
+            out += [html(table) for table in part.shown.tables]
+        for figure in part.shown.figures:
+            data = base64.b64encode(png(figure.drawn)).decode()
+            caption = escape(figure.caption)
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            out.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    more = "body { max-width: 76rem } th { cursor: pointer; white-space: normal } "
+    more += "img { max-width: 100%; background: #fff }"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+    body = "\n".join(out)
+    head += f"<title>The paper, run here</title><style>{STYLE}{more}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n<script>{SORT}</script></body></html>\n'
+
+
+def html(table: Table) -> str:
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(cell.strip('`'))}</{tag}>" for cell in cells) + "</tr>"
+    lines = [row(table.head, "th"), *(row(cells, "td") for cells in table.rows)]
+    note = f"<p>{escape(table.note)}</p>" if table.note else ""
+    return f"{note}<table>{''.join(lines)}</table>"
+
+
+def png(figure: Any) -> bytes:
+    held = io.BytesIO()
+    figure.savefig(held, format="png", metadata={"Software": None})
+    return held.getvalue()
+
+
+def put(path: Path, data: bytes) -> None:
+    """Written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--results", type=Path, default=RESULTS)
+    words.add_argument("--readme", type=Path, default=README)
+    words.add_argument("--page", type=Path, default=PAGE)
+    words.add_argument("--small", action="store_true", help="the results are those of `all --small`")
+    given = words.parse_args()
+    found, results = parts(given.results, given.small)
+    for part in found:
+        for figure in part.shown.figures:
+            put(given.readme.parent / "results" / f"{figure.name}.png", png(figure.drawn))
+    put(given.page, page(found, results).encode())
+    put(given.readme, markdown(found, results).encode())
+    print(f"{given.readme}, {given.page}: {sum(part.done for part in found)} of {sum(part.of for part in found)} cells")
+
+
+if __name__ == "__main__":
+    main()

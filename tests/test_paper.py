@@ -1,0 +1,173 @@
+"""The experiments' machinery: cells are kept and gone on from, a fit is `jlora train`'s, figures are what they say."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.all import NAMES, experiment
+from experiments.paper import nlg, spectra
+from experiments.paper.cells import Budget, Cell, Experiment, Kept, duration, run
+from experiments.paper.chosen import of, tuned
+from experiments.paper.e2e import grouped
+from experiments.paper.fits import Work
+from experiments.paper.tables import Shown, Table, cell, mean
+from jlora.analysis import amplification, similarity
+from jlora.commands.settings import TrainConfig
+from jlora.commands.train import train
+from jlora.data import Row
+from jlora.io import load
+from jlora.io.adapters import load_adapter
+from tests.small import rows, small_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    count: int = 3
+
+
+def counting(ran):
+    def make(config):
+        one = lambda n: lambda done: ran.append(n) or {"n": n, "before": len(done)}
+        return [Cell(f"cell {n}", one(n)) for n in range(config.count)]
+
+    return Experiment("counted", "", Config(), Config(1), make, lambda config, done: Shown())
+
+
+def test_cells_are_kept_and_gone_on_from(tmp_path):
+    ran = []
+    one = counting(ran)
+    assert run(one, Config(), tmp_path, Budget(None), only="[01]") == 0 and ran == [0, 1]
+    assert run(one, Config(), tmp_path, Budget(None)) == 0 and ran == [0, 1, 2]
+    held = json.loads((tmp_path / "counted.json").read_text())
+    assert held["settings"] == {"count": 3} and held["cells"]["cell 2"]["before"] == 2
+    assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(ValueError, match=r"count.*3.*4"):
+        Kept(tmp_path, "counted", {"count": 4})
+
+
+def test_a_budget_ends_before_a_cell_that_would_outlast_it(tmp_path):
+    ran = []
+    one = counting(ran)
+    Kept(tmp_path, "counted", {"count": 3}).put("cell 0", {"seconds": 1e6})
+    assert run(one, Config(), tmp_path, Budget(60)) == 2 and ran == []
+    assert [duration(text) for text in ("8h", "90m", "1h30m", "5s")] == [28800, 5400, 5400, 5]
+    for wrong in ("", "8", "h"):
+        with pytest.raises(ValueError, match="budget"):
+            duration(wrong)
+
+
+def test_what_is_not_here_is_said_and_left_out(tmp_path, capsys):
+    def absent(done):
+        raise FileNotFoundError("no folder glue")
+
+    one = dataclasses.replace(counting([]), cells=lambda config: [Cell("a", absent), Cell("b", absent)])
+    assert run(one, Config(), tmp_path, Budget(None)) == 2
+    assert "left out: no folder glue" in capsys.readouterr().err
+
+
+def test_the_rate_is_chosen_on_the_split_and_judged_on_dev(tmp_path):
+    seen = []
+
+    def fit(rate, seed, test):
+        seen.append((rate, seed, test))
+        return {"score": -abs(rate - 0.1)}
+
+    one = dataclasses.replace(counting([]), cells=lambda config: tuned("task/lora", (0.01, 0.1, 1.0), 2, fit))
+    run(one, Config(), tmp_path, Budget(None))
+    assert {test for _, seed, test in seen if seed == 100} == {"split"}
+    assert [(rate, test) for rate, seed, test in seen if seed != 100] == [(0.1, "dev")] * 2
+    done = json.loads((tmp_path / "counted.json").read_text())["cells"]
+    assert of(done, "task/lora") == [0.0, 0.0] and of(done, "task/lora", "rate") == [0.1, 0.1]
+
+
+def test_a_fit_is_what_train_does(tmp_path):
+    source, data = small_model(tmp_path / "model"), rows(tmp_path)
+    same = {"batch": 4, "rank": 3, "targets": ("q_proj", "v_proj"), "max_length": 32, "remat": "none"}
+    config = TrainConfig(source, data, held_out=12, steps=6, learning_rate=3e-3, seed=2, **same)
+    report = train(dataclasses.replace(config, output=str(tmp_path / "run"), samples=0))
+    want = load_adapter(load(source), tmp_path / "run" / "adapter")[1]
+
+    from jlora.commands.train import rows_to_use
+
+    training, held = rows_to_use(config)
+    work = Work(TrainConfig(source, data, **same), training, {"held out": held})
+    steps = []
+    work.fit({}, rate=1e-2, steps=2)  # another rate before it: the compiled step is one for all
+    fitted = work.fit({}, rate=3e-3, steps=6, seed=2, after=lambda n, now: steps.append((n, len(now.losses))))
+    assert len(work.programs) == 1 and steps == [(n, n) for n in range(7)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), fitted.trained, want)
+    assert fitted.judge("held out")["loss"] == pytest.approx(report["after"]["loss"], abs=1e-4)
+    assert fitted.count == sum(leaf.size for leaf in jax.tree.leaves(want))
+
+
+def test_overlaps_and_amplification():
+    a, b, w = (np.random.default_rng(n).standard_normal(s) for n, s in enumerate([(20, 4), (20, 6), (20, 12)]))
+    phi = spectra.overlaps(spectra.basis(a), spectra.basis(b))
+    for i, j in ((1, 1), (1, 6), (4, 2), (4, 6)):
+        assert phi[i - 1, j - 1] == pytest.approx(float(similarity(a, b, i, j)), abs=1e-5)
+    assert spectra.overlaps(spectra.basis(a), spectra.basis(a))[-1, -1] == pytest.approx(1)
+    right = np.random.default_rng(9).standard_normal((4, 12))
+    found, want = spectra.amplified(w, 2.0 * a @ right, 3), amplification(w, a, right, 2.0, 3)
+    named = {"of change": "task", "change": "delta", "factor": "factor", "W": "weight"}
+    assert all(found[ours] == pytest.approx(float(want[theirs]), rel=1e-3) for ours, theirs in named.items())
+    assert found["of W"] == pytest.approx(np.linalg.norm(np.linalg.svd(w, compute_uv=False)[:3]))
+    s = np.array([2.0, 1.0, 1.0])
+    assert spectra.effective_rank(s) == pytest.approx(16 / 6) and spectra.energy(s, 1) == pytest.approx(4 / 6)
+
+
+def test_means_and_tables():
+    assert mean([1, 2, 3]) == (2, pytest.approx(4.30265 / math.sqrt(3), rel=1e-4))
+    assert cell([0.5, 0.6]) == "55.0 ± 63.5 (2)" and cell([0.5]) == "50.0 (1)" and cell([]) == ""
+    assert Table(["a", "b"], [["1", "2"]], "Note.").markdown() == "Note.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_nist_and_bleu():
+    pytest.importorskip("nltk")
+    # words all different: a unigram tells log2(5) bits, a longer one nothing more
+    assert nlg.nist(["One two three four five"], [["one two three four five"]]) == pytest.approx(math.log2(5))
+    assert nlg.nist(["x y"], [["one two three"]]) == 0
+
+
+def test_captions():
+    pytest.importorskip("pycocoevalcap")
+    import shutil
+
+    if not shutil.which("java"):
+        pytest.skip("METEOR needs Java")
+    found = nlg.scores(["The cat sat.", "A dog ran home."], [["the cat sat on the mat"], ["a dog ran home", "x"]])
+    half = 2.44 * 0.5 / (0.5 + 1.44)  # the first: precision 1, recall 1/2, beta 1.2
+    assert found["rouge"] == pytest.approx(100 * (half + 1) / 2)
+    assert 0 < found["meteor"] < 100 and found["cider"] > 1 and 0 < found["bleu"] < 100
+    assert nlg.captions(["a dog ran home"], [["A dog ran home."]])["meteor"] == pytest.approx(1)
+
+
+def test_rows_of_one_prompt_stay_together():
+    many = [Row(f"p {n // 3}", f" {n}") for n in range(60)]
+    rest, held = grouped(many, 5)
+    assert len(held) == 12 and not {row.prompt for row in rest} & {row.prompt for row in held}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_names_its_cells_and_shows_nothing(name):
+    one = experiment(name)
+    for config in (one.config, one.small):
+        names = [cell.name for cell in one.cells(config)]
+        assert names and len(set(names)) == len(names)
+        assert all(table.head for table in one.show(config, {}).tables)
+    json.dumps(dataclasses.asdict(one.config))
+
+
+def test_glue_columns(tmp_path, monkeypatch):
+    from experiments.paper.works import glue_rows
+
+    place = tmp_path / "data" / "glue" / "CoLA"
+    place.mkdir(parents=True)
+    (place / "train.tsv").write_text('gj04\t1\t\tWe "won.\ngj04\t0\t*\tWon we.\n')
+    monkeypatch.setenv("JLORA_SHARED", str(tmp_path))
+    assert [(row.text, str(row.label)) for row in glue_rows("CoLA", "train")] == [('We "won.', "1"), ("Won we.", "0")]
+    with pytest.raises(FileNotFoundError, match="JLORA_SHARED"):
+        glue_rows("RTE", "train")
