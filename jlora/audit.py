@@ -61,7 +61,7 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
     weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if len(wide(leaf.shape)) > 1}
     problems = [*in_program(compiled.as_text() or "", weights), *in_state(opt_state, weights, lora)]
     memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
+    cost: Any = compiled.cost_analysis() or {}
     counts = {
         "arguments": memory.argument_size_in_bytes if memory else 0,
         "outputs": memory.output_size_in_bytes if memory else 0,
@@ -99,7 +99,7 @@ def in_program(text: str, weights: dict[str, Any]) -> list[str]:
     lines = [match.groups() for match in map(INSTRUCTION.match, text.splitlines()) if match]
     dims = {name: [int(n) for n in size.split(",") if n] for name, _, size, _, _ in lines}
     known = signatures(weights)
-    problems = []
+    problems: list[str] = []
     for name, kind, _, opcode, rest in lines:
         paths_here = known.get(wide(dims[name]))
         if not paths_here or opcode not in PRODUCTS | SUMS:
@@ -117,7 +117,8 @@ def in_program(text: str, weights: dict[str, Any]) -> list[str]:
 
 def copied(text: str, weights: dict[str, Any], least: int = 1_000_000) -> list[str]:
     """Copies and transposes in a loop that have a frozen matrix's shape and at least so many bytes, as sentences."""
-    known, found, fused = signatures(weights), [], False
+    known, fused = signatures(weights), False
+    found: list[str] = []
     for line in text.splitlines():
         if line.endswith("{"):
             fused = "fused_computation" in line.split("(")[0]  # what is inside a fusion is never written out
@@ -144,7 +145,7 @@ def contracted(rest: str, dims: dict[str, list[int]]) -> str:
 def in_state(opt_state: Any, weights: dict[str, Any], lora: Any) -> list[str]:
     """Optimiser arrays that have a frozen matrix's shape and no trained leaf's."""
     trained = {tuple(leaf.shape) for leaf in jax.tree.leaves(lora)}
-    problems = []
+    problems: list[str] = []
     for path, leaf in paths(opt_state, is_implicit).items():
         shape = tuple(getattr(leaf, "shape", ()))
         owner = next((p for p, w in weights.items() if tuple(w.shape) == shape), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jlora.inits import INITS
@@ -24,8 +24,8 @@ class LoraConfig:
     lora_alpha: float = 8
     target_modules: Any = "all-linear"
     exclude_modules: Any = ()
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     lora_dropout: float = 0.0
@@ -42,13 +42,13 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: it must be at least 0 and below 1")
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_number)):
-            held = getattr(self, name)
-            if not isinstance(held, Mapping) or not all(isinstance(pattern, str) for pattern in held):
-                raise ValueError(f"{name}={held!r:.60}: a table of pattern: value is expected")
-            for pattern, value in held.items():
+            table: Mapping[Any, Any] = getattr(self, name)
+            if not isinstance(table, Mapping) or not all(isinstance(pattern, str) for pattern in table):
+                raise ValueError(f"{name}={table!r:.60}: a table of pattern: value is expected")
+            for pattern, value in table.items():
                 check(f"{name}[{pattern!r:.60}]", value)
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            held = getattr(self, name)
+            held: Collection[Any] | Callable[..., Any] = getattr(self, name)
             if not (isinstance(held, str) or callable(held)):
                 named = isinstance(held, Collection) and not isinstance(held, Mapping)
                 if not named or not all(isinstance(item, str) for item in held):

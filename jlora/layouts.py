@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jlora.leaves import ImplicitLeaf, MaterialisedWarning, is_implicit
 from jlora.lift import is_array, lift
 from jlora.rules import reshape_groups
-from jlora.tree import path_of
+from jlora.tree import flatten, path_of
 
 Axis = tuple[int, ...]
 """The axes of the original weight that an axis of the probe runs along; none for a broadcast one."""
@@ -111,7 +111,7 @@ class Probe(ImplicitLeaf):
     def moved(self, w: Any, axes: Any) -> Probe:
         return dataclasses.replace(self, w=w, axes=tuple(axes))
 
-    def origin(self, axes: Any) -> set[int]:
+    def origin(self, axes: Iterable[int]) -> set[int]:
         return {at for ax in axes for at in self.axes[ax]}
 
 
@@ -122,7 +122,7 @@ def layouts(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -
     """
     notes = Notes()
     params = jax.tree.map(as_shape, params, is_leaf=is_implicit)
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
+    keyed, treedef = flatten(params)
     shaped = [(path_of(keys), leaf) for keys, leaf in keyed if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
     def probed(arrays: list[Any], *example: Any) -> Any:
@@ -130,18 +130,18 @@ def layouts(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -
         leaves = [probe(path_of(keys), found.get(path_of(keys), leaf), notes) for keys, leaf in keyed]
         return lift(f)(jax.tree.unflatten(treedef, leaves), *example, **options)
 
-    flat, example_def = jax.tree.flatten(example)
-    traced = [n for n, x in enumerate(flat) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
+    flat, example_def = flatten(example)
+    traced = [n for n, (_, x) in enumerate(flat) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
 
     def on_shapes(arrays: list[Any], inputs: list[Any]) -> Any:
-        full = list(flat)
+        full = [x for _, x in flat]
         for n, x in zip(traced, inputs, strict=True):
             full[n] = x
         return probed(arrays, *jax.tree.unflatten(example_def, full))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MaterialisedWarning)
-        jax.eval_shape(on_shapes, [leaf for _, leaf in shaped], [flat[n] for n in traced])
+        jax.eval_shape(on_shapes, [leaf for _, leaf in shaped], [flat[n][1] for n in traced])
     return {path: notes.layout(path, tuple(leaf.shape)) for path, leaf in shaped}
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jlora import control, rules  # noqa: F401  (rules fills LoraLeaf.rules)
+from jlora import control, rules  # noqa: F401  # pyright: ignore[reportUnusedImport]  (rules fills LoraLeaf.rules)
 from jlora.leaves import ImplicitLeaf, is_implicit, materialise
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,7 +32,7 @@ def lift(f: F, *, strict: bool = False) -> F:
 
     @functools.wraps(f)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        values, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_implicit)
+        values, treedef = cast("tuple[list[Any], Any]", jax.tree.flatten((args, kwargs), is_leaf=is_implicit))
         if not any(map(is_implicit, values)):
             return f(*args, **kwargs)
         traced = [n for n, value in enumerate(values) if is_implicit(value) or is_array(value)]
@@ -49,7 +49,7 @@ def lift(f: F, *, strict: bool = False) -> F:
         closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*shapes)
         outs = run(closed.jaxpr, closed.consts, inputs, strict)
         outs = [materialise(out, "the function's result", strict) for out in outs]
-        return jax.tree.unflatten(jax.tree.structure(out_shape), outs)
+        return jax.tree.unflatten(cast(Any, jax.tree.structure(out_shape)), outs)
 
     return lifted  # pyright: ignore[reportReturnType]
 
@@ -132,4 +132,5 @@ def emit(jaxpr: jex.Jaxpr, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     eqn = eqn.replace(invars=atoms)
     invars, values = zip(*inputs, strict=True) if inputs else ((), ())
     single = jaxpr.replace(constvars=(), invars=invars, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*values)
+    one = cast("Callable[..., list[Any]]", jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ())))
+    return one(*values)

@@ -7,6 +7,7 @@ elsewhere. Only that second tree is trained, so no gradient and no optimiser sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 import zlib
@@ -20,7 +21,7 @@ from jlora.config import LoraConfig
 from jlora.inits import CHANGES_BASE, INITS
 from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
 from jlora.targets import check_layouts, letters_of, targeted
-from jlora.tree import Targets, first_match, path_of, paths, select
+from jlora.tree import Targets, first_match, flatten, path_of, paths, select
 
 
 class Adapter:
@@ -187,7 +188,8 @@ def only_plain(leaves: Mapping[str, Any], chosen: Iterable[str]) -> None:
 
 
 def fully_trained(config: LoraConfig, leaves: Mapping[str, Any]) -> set[str]:
-    whole = set(select(config.modules_to_save, leaves, "modules_to_save")) if config.modules_to_save else set()
+    train: Targets = config.modules_to_save
+    whole = set(select(train, leaves, "modules_to_save") if train else ())
     if config.bias == "all":
         whole |= {path for path in leaves if path.rsplit("/", 1)[-1] in ("bias", "b", "beta")}
     elif config.bias != "none":
@@ -213,6 +215,10 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     n, rows, columns = math.prod(s_shape), math.prod(i_shape), math.prod(o_shape)
     keys = jax.random.split(key, n)
     dense = None
+
+    def draw(key: Any, matrix: Any) -> Any:
+        return INITS[name](key, matrix, rank, scaling)
+
     if name in CHANGES_BASE and is_implicit(w):
         raise ValueError(
             f"init {name!r} changes the base, and {path} is a {type(w).__name__}: adapt the plain weights first, then "
@@ -225,10 +231,11 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
             )
         dense = jnp.asarray(w)
         matrices = jnp.transpose(dense, s_axes + i_axes + o_axes).reshape(n, rows, columns)
-        a, b = jax.vmap(lambda k, m: INITS[name](k, m, rank, scaling))(keys, matrices)
+        drawn = jax.vmap(draw)(keys, matrices)
     else:
         matrix = jax.ShapeDtypeStruct((rows, columns), w.dtype)  # only the shape is read
-        a, b = jax.vmap(lambda k: INITS[name](k, matrix, rank, scaling))(keys)
+        drawn = jax.vmap(functools.partial(draw, matrix=matrix))(keys)
+    a, b = drawn
     factors = LoraFactors(
         a.reshape(*s_shape, *i_shape, rank).astype(dtype),
         b.reshape(*s_shape, rank, *o_shape).astype(dtype),
@@ -279,13 +286,15 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
         if any(map(is_adapter, jax.tree.leaves(w, is_leaf=is_adapter))):
             raise ValueError(f"{path}: the first tree holds an adapter: it is combine(frozen, lora), in this order")
         if not is_adapter(entry):
-            shapes = [getattr(x, "shape", None) for x in (w, entry)]
-            if None not in shapes and shapes[0] != shapes[1]:
-                raise ValueError(f"{path}: {list(shapes[0])} in the first tree, {list(shapes[1])} in the second")
+            first, second = (getattr(x, "shape", None) for x in (w, entry))
+            if first is not None and second is not None and first != second:
+                raise ValueError(f"{path}: {list(first)} in the first tree, {list(second)} in the second")
             return entry
         return entry.attach(w, path, dropout, leaf_key(key, path) if dropout else None)
 
-    is_entry = lambda x: x is None or is_adapter(x)
+    def is_entry(x: Any) -> bool:
+        return x is None or is_adapter(x)
+
     differ = unlike(frozen, lora, is_entry)
     if differ:
         raise ValueError(f"the trees differ: {differ}; lorafy, load_adapter and tree_map keep both alike")
@@ -294,18 +303,22 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
 
 def unlike(frozen: Any, lora: Any, is_entry: Any) -> str:
     """In what path the trees are not alike, or "". An entry of `lora` may stand in place of a subtree of `frozen`."""
-    entries, treedef = jax.tree_util.tree_flatten_with_path(lora, is_entry)
+    entries, treedef = flatten(lora, is_entry)
     try:
         treedef.flatten_up_to(frozen)
         return ""
     except ValueError:
         held = list(paths(frozen, lambda x: x is None or is_implicit(x)))
-    have = lambda path: any(path in ("", name) or name.startswith(f"{path}/") for name in held)
     mine = [path_of(keys) for keys, _ in entries]
-    lost = [path for path in mine if not have(path)]
-    more = [name for name in held if not any(path in ("", name) or name.startswith(f"{path}/") for path in mine)]
+    lost = [path for path in mine if not any(under(name, path) for name in held)]
+    more = [name for name in held if not any(under(name, path) for path in mine)]
     where = f"{lost[0]} is in the second only" if lost else f"{more[0]} is in the first only" if more else ""
     return where or f"{type(frozen).__name__} and {type(lora).__name__}"
+
+
+def under(name: str, path: str) -> bool:
+    """Whether the leaf `name` is at `path` or in the subtree there."""
+    return path in ("", name) or name.startswith(f"{path}/")
 
 
 class MergedAsFloats(UserWarning):

@@ -7,7 +7,7 @@ With the two trees of `lorafy` none of this is needed: `tx.init(lora)` sees no f
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def trainable_labels(tree: Any, also: Targets = ()) -> Any:
     For `optax.partition`, e.g. LoRA+ : {"lora_a": adamw(lr), "lora_b": adamw(16 * lr), "frozen": keep()}.
     """
     plain = {path: leaf for path, leaf in paths(tree, is_implicit).items() if not is_implicit(leaf)}
-    whole = set(select(also, plain, "also")) if callable(also) or list(also) else set()
+    whole = set(select(also, plain, "also") if callable(also) or list(also) else ())
 
     def label(keys: Any, leaf: Any) -> Any:
         if is_implicit(leaf):
@@ -43,8 +43,14 @@ def label_leaf(leaf: Any) -> Any:
     def of(name: str, value: Any) -> Any:
         trains = name in leaf.trainable
         if isinstance(value, dict) and trains:
-            return {part: of(name, x) if part not in fixed else "frozen" for part, x in value.items()}
-        label = lambda x: label_leaf(x) if is_implicit(x) else name if trains else "frozen"
+            return {
+                part: of(name, x) if part not in fixed else "frozen"
+                for part, x in cast("dict[str, Any]", value).items()
+            }
+
+        def label(x: Any) -> Any:
+            return label_leaf(x) if is_implicit(x) else name if trains else "frozen"
+
         return jax.tree.map(label, value, is_leaf=is_implicit)
 
     return dataclasses.replace(leaf, **{name: of(name, value) for name, value in children.items()})
@@ -52,22 +58,35 @@ def label_leaf(leaf: Any) -> Any:
 
 def trainable_mask(tree: Any, also: Targets = ()) -> Any:
     """`tree` with True for each array that trains and False for each that is frozen."""
-    return jax.tree.map(lambda label: label != "frozen", trainable_labels(tree, also))
+
+    def trains(label: str) -> bool:
+        return label != "frozen"
+
+    return jax.tree.map(trains, trainable_labels(tree, also))
 
 
 def keep() -> optax.GradientTransformation:
     """Updates that change nothing, not even the sign of a zero: w + (-0.0) is w for every w. No state."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state
+    def init(params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    def zero(update: jax.Array) -> jax.Array:
+        return jnp.full_like(update, -0.0)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(zero, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def only_trainable(tx: optax.GradientTransformation, also: Targets = ()) -> optax.GradientTransformation:
     """`tx` for what trains in a combined tree, `keep()` for the rest: no state exists for a frozen weight."""
 
+    def name(on: bool) -> str:
+        return "train" if on else "frozen"
+
     def labels(tree: Any) -> Any:
-        return jax.tree.map(lambda on: "train" if on else "frozen", trainable_mask(tree, also))
+        return jax.tree.map(name, trainable_mask(tree, also))
 
     return optax.partition({"train": tx, "frozen": keep()}, labels)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jlora.leaves import is_implicit
 from jlora.lora import Together, is_adapter
-from jlora.tree import nbytes, path_of, paths, size
+from jlora.tree import flatten, nbytes, path_of, paths, size
 
 
 def summary(frozen: Any, lora: Any) -> str:
@@ -20,9 +20,8 @@ def summary(frozen: Any, lora: Any) -> str:
     weights = paths(frozen, is_implicit)
     table = Table("parameter", "weight", "adapted", "trained", title=None)
     table.columns[3].justify = "right"
-    entries = jax.tree_util.tree_flatten_with_path
     trees = lora.trees if isinstance(lora, Together) else (lora,)
-    for keys, entry in (found for tree in trees for found in entries(tree, is_leaf=is_adapter)[0]):
+    for keys, entry in (found for tree in trees for found in flatten(tree, is_adapter)[0]):
         path = path_of(keys)
         shape = list(getattr(weights.get(path, entry), "shape", ()))  # a module's entry has none
         table.add_row(path, str(shape), how(entry), f"{size(entry):,}")

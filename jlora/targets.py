@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.tree import matches, select
 
-GROUPS = {
+GROUPS: dict[str, Callable[[str], bool]] = {
     "all-linear": lambda path: True,
     "attention": lambda path: re.search(r"att(n|ention)", path, re.I) is not None,
     "mlp": lambda path: re.search(r"mlp|ffn|feed_?forward|intermediate", path, re.I) is not None,
@@ -29,7 +29,7 @@ def known(path: str, layouts: Mapping[str, Any] | None) -> Any:
     return next((value for name, value in (layouts or {}).items() if matches(name, path)), None)
 
 
-def check_layouts(layouts: Any) -> None:
+def check_layouts(layouts: Mapping[Any, Any] | None) -> None:
     """Raises ValueError for what is no table of letters by path or pattern."""
     if layouts is None:
         return
@@ -48,7 +48,7 @@ def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str
         deep = {p: x for p, x in leaves.items() if len(getattr(x, "shape", ())) > 1}
         chosen = select(wanted, deep, "targets")  # pyright: ignore[reportArgumentType]
     else:
-        chosen = []
+        chosen: list[str] = []
         for pattern in [wanted] if isinstance(wanted, str) else list(wanted):
             if pattern in GROUPS:
                 found = [p for p in matrices if GROUPS[pattern](p) and is_linear(p, layouts)]

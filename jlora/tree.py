@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,14 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """([(key path, leaf)], the tree's structure)."""
+    return cast(Any, jax.tree_util.tree_flatten_with_path(tree, is_leaf))
+
+
 def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of `tree` by path, in tree order."""
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
+    return {path_of(keys): leaf for keys, leaf in flatten(tree, is_leaf)[0]}
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -102,6 +102,7 @@ READERS: dict[str, Callable[..., Records]] = {".jsonl": _jsonl, ".csv": _csv, ".
 def _hub(name: str, split: str, stream: bool) -> Records:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise ImportError(f'hub:{name} needs the datasets package: pip install "jlora[data]"') from None
     name, _, config = name.partition(":")
@@ -109,5 +110,5 @@ def _hub(name: str, split: str, stream: bool) -> Records:
         held = datasets.load_dataset(name, config or None, split=split, streaming=stream)
         for n, record in enumerate(held):
             yield f"hub:{name}[{split}]:{n}", record
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError) as error:
         raise DataError(f"hub:{name}[{split}]: {one_line(error)}") from None

@@ -179,8 +179,9 @@ class Reading:
             have = "missing" if b is None else list(b.shape)
             return [f"{module}: A {list(a.shape)} with B {have}, for a weight [in, out] = {list(shape)}"]
         magnitude = self.arrays.get(f"{module}.{MAGNITUDE}")
-        if (magnitude is not None or self.dora) and np.size(magnitude) != shape[1]:
-            return [f"{module}.{MAGNITUDE} {list(np.shape(magnitude))}, for {shape[1]} outputs"]
+        if (magnitude is not None or self.dora) and (magnitude is None or magnitude.size != shape[1]):
+            have = "missing" if magnitude is None else list(magnitude.shape)
+            return [f"{module}.{MAGNITUDE} {have}, for {shape[1]} outputs"]
         scaling = scaling_of(self.config, self.alphas, module, a.shape[0])
         self.parts.setdefault(tensor.path, []).append(Part(tensor.layer, a.T, b.T, scaling, magnitude))
         return []
