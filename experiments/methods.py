@@ -89,6 +89,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 RATES = {
     "full": 5e-5, "top": 2e-4, "bitfit": 2e-3, "norms": 5e-3, "ia3": 1e-2, "prompt": 3e-2, "p-tuning": 3e-3,
     "prefix": 1e-2, "lora+prompt": 2e-3, "lora+prefix": 2e-3, "intrinsic": 1e-1, "lora-plus": 2e-4, "prefix-kv": 1e-2,
+    "adalora": 1e-2,
 }  # fmt: skip
 """The learning rate; the rest have 1e-3. lora-plus: B's is 16 times that."""
 KINDS = ["lora", "rslora", "lora-plus", "dora", "pissa", "olora", "eva", "adalora", "ia3", "norms", "bitfit", "top"]
