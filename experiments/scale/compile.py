@@ -5,15 +5,17 @@
     python experiments/scale/compile.py 8b-lora 8b-full      # some of them
     python experiments/scale/compile.py --list
 
-Nothing runs on a TPU and no weight is made. Lines of JSON go to --out, the table to stdout. docs/scale.md holds what
-was seen.
+Nothing runs on a TPU and no weight is made. Lines of JSON go to --out, the table to stdout; a case that --out holds
+is not compiled again, so a sweep that was stopped goes on. docs/scale.md holds what was seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from jlora.plan import PlanConfig, plan
 from jlora.plan.known import GIB, topology
@@ -59,33 +61,40 @@ def main() -> None:
     if given.list:
         print("\n".join(f"{name}: {CASES[name]}" for name in chosen))
         return
+    out = Path(given.out)
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    held = {entry["case"]: entry for entry in map(json.loads, lines)}
     print("| case | topology | arguments | temporaries | peak | fits | estimate | estimate / compiler | on the wires |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in chosen:
-        print(row(name, CASES[name], Path(given.out), not given.no_compile), flush=True)
+        entry = held.get(name) or asked(name, CASES[name], not given.no_compile)
+        if name not in held:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        print(row(entry, CASES[name]), flush=True)
 
 
-def row(name: str, case: PlanConfig, out: Path, compiling: bool) -> str:
-    """One line of the table; GB (10^9 bytes) a chip."""
-    where = topology(case.topology)
-    figures = plan(case)
-    estimate = figures["GB_a_device"]["total"]
-    told: dict = {}
+def asked(name: str, case: PlanConfig, compiling: bool) -> dict[str, Any]:
+    """What --out holds of a case: the plan by formula, and the compiler's figures or why it refused."""
+    told: dict[str, Any] = {}
     if compiling:
-        import dataclasses
-
         try:
             told = plan(dataclasses.replace(case, compile=True))["compiled_for"]
         except ValueError as error:
             told = {"refused": str(error)}
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"case": name, "plan": figures, "compiled_for": told}) + "\n")
+    return {"case": name, "plan": plan(case), "compiled_for": told}
+
+
+def row(entry: dict[str, Any], case: PlanConfig) -> str:
+    """One line of the table; GB (10^9 bytes) a chip."""
+    told, name = entry["compiled_for"], entry["case"]
+    estimate = entry["plan"]["GB_a_device"]["total"]
     if "refused" in told:
         return f"| {name} | {case.topology} | {told['refused']} | | | no | {estimate:.2f} | | |"
     if not told:
-        return f"| {name} | {case.topology} | | | | {figures['fits']} | {estimate:.2f} | | |"
-    sizes = told["GB_a_device"]
-    fits = "yes" if sizes["peak"] * 1e9 < where.chip.memory else f"no ({where.chip.memory / GIB:.0f} GiB)"
+        return f"| {name} | {case.topology} | | | | {entry['plan']['fits']} | {estimate:.2f} | | |"
+    sizes, memory = told["GB_a_device"], topology(case.topology).chip.memory
+    fits = "yes" if sizes["peak"] * 1e9 < memory else f"no ({memory / GIB:.0f} GiB)"
     moved = ", ".join(f"{kind} {n:.2f}" for kind, n in told["GB_in_collectives"].items() if n >= 0.005)
     return (
         f"| {name} | {case.topology} | {sizes['arguments']:.2f} | {sizes['temporaries']:.2f} | {sizes['peak']:.2f} "

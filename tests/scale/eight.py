@@ -1,7 +1,8 @@
 """Eight simulated devices against one: run in a process of its own, it prints one JSON object for each argument,
-MESH[/MIN_SIZE[/FAMILY/METHOD]]: "data=8/1000000", "fsdp=4,tensor=2/0/gpt2/dora".
+MESH[/MIN_SIZE[/FAMILY/METHOD]]: "data=8/1000000", "fsdp=4,tensor=2/0/gpt2/dora"; or "ring/SIGHT", attention alone.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,16 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import sharding
 from jlora.collectives import collectives
 from jlora.methods.columns import reading
 from jlora.methods.named import MethodConfig, make
+from jlora.models.attention import plain
 from jlora.models.gemma import Gemma, GemmaConfig
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.ring import ring
 from jlora.train import answer_sums, init_state, make_train_step
+from tests.models.test_attention import SIGHTS, drawn, out_and_grads
 
 CONFIG = LlamaConfig(96, 32, 64, 3, 4, 2, 8)
 MODELS = {
@@ -83,9 +88,7 @@ def sharded(text, steps, min_size=0, family="llama", method="lora"):
     frozen, lora, sums, tx = setting(family, method)
     state = init_state(lora, tx)
     spec = sharding.specs(lora, LAYOUTS, mesh, min_size=min_size)
-    at = state._replace(
-        trained=spec, opt_state=sharding.like(state.opt_state, lora, spec), step=jax.sharding.PartitionSpec()
-    )
+    at = state._replace(trained=spec, opt_state=sharding.like(state.opt_state, lora, spec), step=P())
     frozen_spec = sharding.specs(frozen, LAYOUTS, mesh, min_size=min_size)
     frozen = sharding.place(frozen, frozen_spec, mesh)
     state = sharding.place(state, at, mesh)
@@ -100,9 +103,32 @@ def sharded(text, steps, min_size=0, family="llama", method="lora"):
     return losses, state, collectives(text), jax.tree.map(str, jlora.tree.paths(frozen_spec))
 
 
+def around(name):
+    """Largest errors of the ring's output and gradients, in tiles that do not divide a device's tokens."""
+    arrays, sight = drawn(**SIGHTS[name])
+    held, ids, none = P(None, "sequence", "tensor"), P(None, "sequence"), P()
+    specs = dataclasses.replace(sight, q_ids=ids, k_ids=ids, index=none, local=None if sight.local is None else none)
+
+    def attention(*args):
+        run = jax.shard_map(
+            lambda *local: ring(*local, args[-1], "sequence", 24),
+            mesh=sharding.make_mesh("sequence=4,tensor=2"),
+            in_specs=(held, held, held, specs),
+            out_specs=held,
+            check_vma=False,
+        )
+        return run(*args[:-1])
+
+    pairs = zip(out_and_grads(plain, arrays, sight), out_and_grads(attention, arrays, sight), strict=True)
+    return [float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs]
+
+
 def main():
     steps = 3
     for text in sys.argv[1:]:
+        if text.startswith("ring/"):
+            print(json.dumps({"mesh": text, "off": around(text[5:])}), flush=True)
+            continue
         name, small, *what = [*text.split("/"), "0"] if "/" not in text else text.split("/")
         losses, adapter = alone(steps, *what)
         mine, state, moved, spec = sharded(name, steps, int(small), *what)
