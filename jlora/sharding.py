@@ -8,6 +8,7 @@ their `layouts` letters, so the rules hold for any model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -288,9 +289,22 @@ def once(trees: Any, mesh: Mesh) -> Any:
             return leaf
         over = "tensor" if leaf.shape[vocabulary] % mesh.shape["tensor"] == 0 else None
         spec = PartitionSpec(*(over if ax == vocabulary else None for ax in (0, 1)))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        own = weight_spec(path_of(keys), leaf.shape, None, mesh)
+        return gathered(leaf, NamedSharding(mesh, spec), NamedSharding(mesh, own))
 
     return jax.tree_util.tree_map_with_path(at, trees)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: jax.Array, whole: NamedSharding, own: NamedSharding) -> jax.Array:
+    """x laid out as `whole`; its gradient as `own`, which a constraint alone would keep whole on every device."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+gathered.defvjp(
+    lambda x, whole, own: (jax.lax.with_sharding_constraint(x, whole), None),
+    lambda whole, own, _, given: (jax.lax.with_sharding_constraint(given, own),),
+)
 
 
 def constrained(mesh: Mesh) -> Any:

@@ -42,8 +42,10 @@ CASES = {
     "70b-qlora-v5e": PlanConfig(model="llama-3-70b", topology="v5e:2x4", method="qlora"),
     "8b-qlora-one-v5p": PlanConfig(topology="v5p:1", method="qlora", batch=1, seq=131072),
     "8b-qlora-one-v6e": PlanConfig(topology="v6e:1", method="qlora", batch=1, seq=32768),
-    "gpt3-lora": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, targets=C_ATTN, rank=4),
-    "gpt3-full": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, method="full"),
+    "gpt3-lora": PlanConfig(model="gpt3-175b", topology="v5p:2x2x2", batch=8, targets=C_ATTN, rank=4),
+    "gpt3-full": PlanConfig(model="gpt3-175b", topology="v5p:2x4x4", batch=32, method="full"),
+    "gpt3-lora-64": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, targets=C_ATTN, rank=4),
+    "gpt3-full-64": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, method="full"),
 }
 
 
