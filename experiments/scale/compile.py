@@ -12,12 +12,12 @@ is not compiled again, so a sweep that was stopped goes on. docs/scale.md holds 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jlora.plan import PlanConfig, plan
+from jlora.plan import PlanConfig, compile_for, plan
 from jlora.plan.known import GIB, topology
 
 QV = ("q_proj", "v_proj")
@@ -52,7 +52,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all of them if none is named")
-    parser.add_argument("--out", default="scale.jsonl", help="lines of JSON are added here")
+    parser.add_argument("--out", default="docs/scale.jsonl", help="lines of JSON are added here")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--no-compile", action="store_true", help="by formula only: no libtpu is needed")
     given = parser.parse_args()
@@ -69,38 +69,35 @@ def main() -> None:
     print("| case | topology | arguments | temporaries | peak | fits | estimate | estimate / compiler | on the wires |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in chosen:
-        entry = held.get(name) or asked(name, CASES[name], not given.no_compile)
-        if name not in held:
+        if name not in held and not given.no_compile:
+            held[name] = {"case": name, "libtpu": metadata.version("libtpu"), **asked(CASES[name])}
             with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        print(row(entry, CASES[name]), flush=True)
+                file.write(json.dumps(held[name]) + "\n")
+        print(row(name, CASES[name], held.get(name, {})), flush=True)
 
 
-def asked(name: str, case: PlanConfig, compiling: bool) -> dict[str, Any]:
-    """What --out holds of a case: the plan by formula, and the compiler's figures or why it refused."""
-    told: dict[str, Any] = {}
-    if compiling:
-        try:
-            told = plan(dataclasses.replace(case, compile=True))["compiled_for"]
-        except ValueError as error:
-            told = {"refused": str(error)}
-    return {"case": name, "plan": plan(case), "compiled_for": told}
+def asked(case: PlanConfig) -> dict[str, Any]:
+    """The compiler's figures, or why it refused."""
+    try:
+        return compile_for(case)
+    except ValueError as error:
+        return {"refused": str(error)}
 
 
-def row(entry: dict[str, Any], case: PlanConfig) -> str:
+def row(name: str, case: PlanConfig, told: dict[str, Any]) -> str:
     """One line of the table; GB (10^9 bytes) a chip."""
-    told, name = entry["compiled_for"], entry["case"]
-    estimate = entry["plan"]["GB_a_device"]["total"]
+    figures, memory = plan(case), topology(case.topology).chip.memory
+    estimate = figures["GB_a_device"]["total"]
     if "refused" in told:
         return f"| {name} | {case.topology} | {told['refused']} | | | no | {estimate:.2f} | | |"
     if not told:
-        return f"| {name} | {case.topology} | | | | {entry['plan']['fits']} | {estimate:.2f} | | |"
-    sizes, memory = told["GB_a_device"], topology(case.topology).chip.memory
-    fits = "yes" if sizes["peak"] * 1e9 < memory else f"no ({memory / GIB:.0f} GiB)"
-    moved = ", ".join(f"{kind} {n:.2f}" for kind, n in told["GB_in_collectives"].items() if n >= 0.005)
+        return f"| {name} | {case.topology} | | | | {figures['fits']} | {estimate:.2f} | | |"
+    sizes = {kind: told[kind] / 1e9 for kind in ("arguments", "temporaries", "peak")}
+    fits = "yes" if told["peak"] < memory else f"no ({memory / GIB:.0f} GiB)"
+    moved = ", ".join(f"{kind} {n / 1e9:.2f}" for kind, n in told["collectives"].items() if n >= 5e6)
     return (
         f"| {name} | {case.topology} | {sizes['arguments']:.2f} | {sizes['temporaries']:.2f} | {sizes['peak']:.2f} "
-        f"| {fits} | {estimate:.2f} | {told['estimate_over_compiler']:.2f} | {moved} |"
+        f"| {fits} | {estimate:.2f} | {estimate / sizes['peak']:.2f} | {moved} |"
     )
 
 

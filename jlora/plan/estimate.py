@@ -155,16 +155,18 @@ def matrices_of(tree: Any, c: Sizes) -> tuple[int, int]:
 
 
 def wires(plan: PlanConfig, run: Setting) -> dict[str, int]:
-    """Bytes a device receives in a step: weights gathered by FSDP (forward and backward) and gradients summed."""
-    mesh = run.mesh
-    whole = held(run.frozen, jax.tree.map(lambda s: without(s, "fsdp"), run.frozen_specs), mesh)
-    own = held(run.frozen, run.frozen_specs, mesh)
-    trained = nbytes(run.state.trained) // mesh.shape["tensor"]
-    if plan.method == "full":
-        own = held(run.state.trained, run.state_specs.trained, mesh)
-        whole = trained
+    """Bytes a device receives in a step: weights gathered by FSDP (a layer's for each of its passes: forward, again
+    under rematerialisation, backward; others once) and gradients summed."""
+    mesh, layers = run.mesh, sizes_of(run.config).layers
+    full = plan.method == "full"
+    tree, wanted = (run.state.trained, run.state_specs.trained) if full else (run.frozen, run.frozen_specs)
+    passes = 3 if plan.remat in ("full", "offload") else 2
+    specs, gathered = paths(wanted), 0
+    for path, leaf in paths(tree).items():
+        whole, own = (nbytes(leaf) // shards(spec, mesh) for spec in (without(specs[path], "fsdp"), specs[path]))
+        gathered += (whole - own) * (passes if leaf.ndim == 3 and leaf.shape[0] == layers else 1)
     alone = math.prod(mesh.shape[name] for name in BATCH) == 1
-    return {"gathered": 2 * (whole - own), "gradients": 0 if alone else trained}
+    return {"gathered": gathered, "gradients": 0 if alone else nbytes(run.state.trained) // mesh.shape["tensor"]}
 
 
 def without(spec: PartitionSpec, name: str) -> PartitionSpec:

@@ -17,7 +17,9 @@ from jlora.collectives import by_kind, collectives
 from jlora.leaves import LoraLeaf
 
 MESHES = ["data=8/1000000", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "tensor=2,sequence=2,data=2"]
-OTHERS = ["fsdp=2,tensor=2,sequence=2/0/gemma/qlora", "tensor=2,sequence=4/0/gemma/lora"]  # the last one: a ring
+RING = "tensor=2,sequence=4/0/gemma/lora"
+OTHERS = ["fsdp=2,tensor=2,sequence=2/0/gemma/qlora", RING, "fsdp=4,tensor=2/0/bert/labels"]
+OTHERS += ["data=2,fsdp=2,sequence=2/0/deberta/labels", "fsdp=2,data=2,tensor=2/0/llama/dpo"]
 RINGS = ["ring/packed", "ring/some layers' window"]
 
 
@@ -51,7 +53,7 @@ def test_a_ring_is_plain_attention(eight, sight):
 
 def test_keys_go_round_where_there_are_too_few_heads(eight):
     """4 heads over 8 devices: nothing is exchanged for heads, and no device holds a whole row."""
-    kinds = {one[0] for one in eight[OTHERS[1]]["collectives"] if "ppermute" in one[4] or "all_to_all" in one[4]}
+    kinds = {one[0] for one in eight[RING]["collectives"] if "ppermute" in one[4] or "all_to_all" in one[4]}
     assert kinds == {"collective-permute"}
 
 
