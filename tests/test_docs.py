@@ -35,6 +35,12 @@ from jlora.methods import ia3
 from jlora.methods.named import MethodConfig
 from jlora.io.adapters import load_adapter, save_adapter
 """,
+    "own-transformer.md": "",
+    "llama3-tpu.md": """
+from pathlib import Path
+from tests.small import rows
+rows(Path("."))
+""",
     "training.md": """
 import numpy as np
 from jlora.train.preference import PairSource, preference_sums

@@ -111,7 +111,9 @@ def test_overlaps_and_amplification():
         assert phi[i - 1, j - 1] == pytest.approx(float(similarity(a, b, i, j)), abs=1e-5)
     assert spectra.overlaps(spectra.basis(a), spectra.basis(a))[-1, -1] == pytest.approx(1)
     right = np.random.default_rng(9).standard_normal((4, 12))
-    found, want = spectra.amplified(w, 2.0 * a @ right, 3), amplification(w, a, right, 2.0, 3)
+    change = spectra.svd_of_product(2.0 * a, right)
+    np.testing.assert_allclose((change[0] * change[1]) @ change[2], 2.0 * a @ right, atol=1e-9)
+    found, want = spectra.amplified(w, spectra.svd(w), change, 3), amplification(w, a, right, 2.0, 3)
     named = {"of change": "task", "change": "delta", "factor": "factor", "W": "weight"}
     assert all(found[ours] == pytest.approx(float(want[theirs]), rel=1e-3) for ours, theirs in named.items())
     assert found["of W"] == pytest.approx(np.linalg.norm(np.linalg.svd(w, compute_uv=False)[:3]))

@@ -98,8 +98,8 @@ def why_here(kind: str, say: Callable[[str, dict[str, Any]], str]) -> Callable[[
 
 
 def overlap_text(weight: str, found: dict[str, Any]) -> str:
-    top, chance = np.mean(found["top of ranks, by layer"]), found["random top"][1]
-    return f"{weight} phi(1, 64) {top:.2f} (random {chance:.2f})"
+    top = {what: np.mean(found[what]["phi(1, all) of ranks, by layer"]) for what in ("A", "AB")}
+    return f"{weight} phi(1, 64) of A {top['A']:.2f}, of A·B {top['AB']:.2f} (random {64 / found['d']:.2f})"
 
 
 def amplified_text(weight: str, found: dict[str, Any]) -> str:

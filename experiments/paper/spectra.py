@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jlora.analysis import matrices
-
 
 def basis(a: Any) -> np.ndarray:
     """Left singular vectors [d, r] of a [d, r], largest first."""
-    return np.linalg.svd(np.asarray(a, np.float64), full_matrices=False)[0]
+    return svd(a)[0]
 
 
 def overlaps(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -38,26 +36,32 @@ def energy(s: np.ndarray, k: int) -> float:
     return float((s[:k] ** 2).sum() / (s**2).sum())
 
 
-def delta(entry: Any, layer: int) -> np.ndarray:
-    """scaling * A·B of one matrix of the stack, [in, out]."""
-    a, b = (np.asarray(x[layer], np.float64) for x in matrices(entry))
-    return entry.scaling * a @ b
+Svd = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def amplified(w: Any, change: np.ndarray, rank: int) -> dict[str, float]:
-    """Table 7 for one matrix: ||U^T W V||_F with U, V the first `rank` directions of the change, of W itself and of a
-    random matrix; the norms of W and of the change; factor: the change's norm over the first."""
+def svd(w: Any) -> Svd:
+    return np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
+
+
+def svd_of_product(a: Any, b: Any) -> Svd:
+    """Of A·B, a [d, r] and b [r, o], by that of an r x r matrix: (u [d, r], s [r], vt [r, o])."""
+    qa, ra = np.linalg.qr(np.asarray(a, np.float64))
+    qb, rb = np.linalg.qr(np.asarray(b, np.float64).T)
+    u, s, vt = np.linalg.svd(ra @ rb.T)
+    return qa @ u, s, vt @ qb.T
+
+
+def amplified(w: Any, of_w: Svd, change: Svd, rank: int, seed: int = 0) -> dict[str, float]:
+    """Table 7 for one matrix: ||U^T W V||_F with U, V the first `rank` directions of the change, of W itself and random
+    ones; the norms of W and of the change; factor: the change's norm over the first."""
     w = np.asarray(w, np.float64)
-
-    def seen(by: np.ndarray) -> float:
-        u, _, vt = np.linalg.svd(by, full_matrices=False)
-        return float(np.linalg.norm(u[:, :rank].T @ w @ vt[:rank].T))
-
-    of_change, size = seen(change), float(np.linalg.norm(change))
+    seen = lambda u, vt: float(np.linalg.norm(u[:, :rank].T @ w @ vt[:rank].T))
+    left, right = (np.linalg.qr(gaussian((size, rank), seed + n))[0] for n, size in enumerate(w.shape))
+    of_change, size = seen(change[0], change[2]), float(np.linalg.norm(change[1]))
     return {
         "of change": of_change,
-        "of W": seen(w),
-        "of random": seen(gaussian(change.shape)),
+        "of W": seen(of_w[0], of_w[2]),
+        "of random": seen(left, right.T),
         "W": float(np.linalg.norm(w)),
         "change": size,
         "factor": size / of_change,

