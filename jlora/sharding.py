@@ -8,6 +8,7 @@ their `layouts` letters, so the rules hold for any model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ ROWS = re.compile(r"o_proj|down_proj|c_proj|out_proj|fc2|(^|/)(wo|w2)(/|$)|outpu
 needs one all-reduce. Any choice gives the same result; this one moves less."""
 
 HEAD = re.compile(r"(^|/)lm_head/kernel$")
+TABLE = re.compile(r"(^|/)(embed_tokens|wte)/embedding$")
+"""What makes the logits where there is no head."""
 
 
 def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
@@ -182,7 +185,8 @@ def batch_shards(mesh: Mesh) -> int:
 
 def split_batch(batch: Mapping[str, Any], mesh: Mesh, labels: int = 0) -> dict[str, Any]:
     """A batch of `data.collate` (or of packed rows) with a leading axis of `batch_shards(mesh)` parts: what is [b, s]
-    becomes [n, b/n, s], what is one a label [n, l'], with `positions` and `example` counted within the part.
+    becomes [n, b/n, s], what is one a label [n, l'], with `positions` and `example` counted within the part. A batch
+    without positions has one entry a row: [b, ...] becomes [n, b/n, ...].
 
     A global position would send every hidden state to every device. labels: l' is at least this, and at least l/n,
     so that it seldom changes. Raises ValueError if the rows do not divide.
@@ -191,10 +195,12 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh, labels: int = 0) -> dict[s
     rows, length = batch["tokens"].shape
     if rows % n:
         raise ValueError(f"a batch of {rows} rows does not split into {n} ({dict(mesh.shape)}): use a multiple")
+    if "positions" not in batch:
+        return {name: np.reshape(array, (n, rows // n, *np.shape(array)[1:])) for name, array in batch.items()}
     span = rows // n * length
     owner, used = np.asarray(batch["positions"]) // span, np.asarray(batch["weights"]) != 0
     chosen = [np.flatnonzero(used & (owner == part)) for part in range(n)]
-    least = max(labels, -(-len(used) // n))
+    least = max(labels, -(-len(used) // n), rows // n)
     size = max(least, -(-max(map(len, chosen)) // 8) * 8)  # a few shapes, so a few compilations
     out: dict[str, Any] = {}
     for name, array in batch.items():
@@ -206,8 +212,10 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh, labels: int = 0) -> dict[s
             mine = np.asarray(array)[which]
             if name == "positions":
                 mine = mine - part * span
-            elif name == "example":
+            elif name == "example" and "segments" in batch:
                 mine = np.unique(mine, return_inverse=True)[1]
+            elif name == "example":  # the row's number
+                mine = mine - part * (rows // n)
             out[name][part, : len(which)] = mine
     return out
 
@@ -228,27 +236,33 @@ def batch_specs(batch: Any) -> Any:
     }
 
 
-def over_batch(sums_fn: Callable[..., Any], mesh: Mesh, attention: Attention = plain) -> Callable[..., Any]:
-    """`sums_fn(trained, frozen, batch, key)` for a `split_batch`: each part on its own devices, the sums added.
+def over_batch(sums_fn: Callable[..., Any], mesh: Mesh, attention: Attention | None = plain) -> Callable[..., Any]:
+    """`sums_fn(trained, frozen, batch, key)` for a `split_batch`, its sums added over the parts, as `over_parts` does
+    them."""
+    parts = over_parts(sums_fn, mesh, attention)
+    return lambda *args: jax.tree.map(lambda x: jnp.sum(x, axis=0), parts(*args))
+
+
+def over_parts(run: Callable[..., Any], mesh: Mesh, attention: Attention | None = plain) -> Callable[..., Any]:
+    """`run(trained, frozen, batch, key)` for a `split_batch`, each part on its own devices: results [n, ...].
 
     Hidden states are held to their batch part (in Flax modules), so that weights are gathered and never activations;
     quantised ones are gathered as codes. With a key each part draws its own dropout. attention: what models attend
-    with, on each device's heads.
+    with, as in `sequence.over_mesh`.
     """
     n = batch_shards(mesh)
     attention = over_mesh(attention, mesh)
 
     def sharded(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        trained, frozen = once(trained, mesh), once(frozen, mesh)
+        trained, frozen = once((trained, frozen), mesh)
         frozen = jax.tree.map(lambda leaf: whole_in_use(leaf, mesh), frozen, is_leaf=is_implicit)
 
         def part(batch: Any, key: Any) -> Any:
             with constrained(mesh), attending(attention):
-                return sums_fn(trained, frozen, batch, key)
+                return run(trained, frozen, batch, key)
 
         keys = None if key is None else jax.random.split(key, n)
-        parts = jax.vmap(part, in_axes=(0, None if keys is None else 0), spmd_axis_name=BATCH)(batch, keys)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        return jax.vmap(part, in_axes=(0, None if keys is None else 0), spmd_axis_name=BATCH)(batch, keys)
 
     return sharded
 
@@ -261,18 +275,36 @@ def whole_in_use(leaf: Any, mesh: Mesh) -> Any:
     return leaf.over(mesh, PartitionSpec(*(None if name in BATCH else name for name in spec)))
 
 
-def once(tree: Any, mesh: Mesh) -> Any:
-    """`tree` with the head's matrix gathered over fsdp before the loss, which would gather it for each chunk."""
+def once(trees: Any, mesh: Mesh) -> Any:
+    """`trees` with the matrix of the logits (the head's, or the embedding of a model without one) gathered over fsdp
+    before the loss, which would gather it for each chunk."""
+    names = list(paths(trees))
+    wanted = next((one for one in (HEAD, TABLE) if any(map(one.search, names))), None)
+    if wanted is None or mesh.shape["fsdp"] == 1:
+        return trees
+    vocabulary = 1 if wanted is HEAD else 0
 
     def at(keys: Any, leaf: Any) -> Any:
-        if leaf.ndim != 2 or not HEAD.search(path_of(keys)):
+        if leaf.ndim != 2 or not wanted.search(path_of(keys)):
             return leaf
-        spec = PartitionSpec(
-            *("tensor" if leaf.shape[1] % mesh.shape["tensor"] == 0 and ax == 1 else None for ax in (0, 1))
-        )
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        over = "tensor" if leaf.shape[vocabulary] % mesh.shape["tensor"] == 0 else None
+        spec = PartitionSpec(*(over if ax == vocabulary else None for ax in (0, 1)))
+        own = weight_spec(path_of(keys), leaf.shape, None, mesh)
+        return gathered(leaf, NamedSharding(mesh, spec), NamedSharding(mesh, own))
 
-    return jax.tree_util.tree_map_with_path(at, tree) if mesh.shape["fsdp"] > 1 else tree
+    return jax.tree_util.tree_map_with_path(at, trees)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: jax.Array, whole: NamedSharding, own: NamedSharding) -> jax.Array:
+    """x laid out as `whole`; its gradient as `own`, which a constraint alone would keep whole on every device."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+gathered.defvjp(
+    lambda x, whole, own: (jax.lax.with_sharding_constraint(x, whole), None),
+    lambda whole, own, _, given: (jax.lax.with_sharding_constraint(given, own),),
+)
 
 
 def constrained(mesh: Mesh) -> Any:

@@ -5,17 +5,19 @@
     python experiments/scale/compile.py 8b-lora 8b-full      # some of them
     python experiments/scale/compile.py --list
 
-Nothing runs on a TPU and no weight is made. Lines of JSON go to --out, the table to stdout. docs/scale.md holds what
-was seen.
+Nothing runs on a TPU and no weight is made. Lines of JSON go to --out, the table to stdout; a case that --out holds
+is not compiled again, so a sweep that was stopped goes on. docs/scale.md holds what was seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from jlora.plan import PlanConfig, plan
+from jlora.plan import PlanConfig, compile_for, plan
 from jlora.plan.known import GIB, topology
 
 QV = ("q_proj", "v_proj")
@@ -40,15 +42,17 @@ CASES = {
     "70b-qlora-v5e": PlanConfig(model="llama-3-70b", topology="v5e:2x4", method="qlora"),
     "8b-qlora-one-v5p": PlanConfig(topology="v5p:1", method="qlora", batch=1, seq=131072),
     "8b-qlora-one-v6e": PlanConfig(topology="v6e:1", method="qlora", batch=1, seq=32768),
-    "gpt3-lora": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, targets=C_ATTN, rank=4),
-    "gpt3-full": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, method="full"),
+    "gpt3-lora": PlanConfig(model="gpt3-175b", topology="v5p:2x2x2", batch=8, targets=C_ATTN, rank=4),
+    "gpt3-full": PlanConfig(model="gpt3-175b", topology="v5p:2x4x4", batch=32, method="full"),
+    "gpt3-lora-64": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, targets=C_ATTN, rank=4),
+    "gpt3-full-64": PlanConfig(model="gpt3-175b", topology="v5p:4x4x4", batch=64, method="full"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all of them if none is named")
-    parser.add_argument("--out", default="scale.jsonl", help="lines of JSON are added here")
+    parser.add_argument("--out", default="docs/scale.jsonl", help="lines of JSON are added here")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--no-compile", action="store_true", help="by formula only: no libtpu is needed")
     given = parser.parse_args()
@@ -59,37 +63,41 @@ def main() -> None:
     if given.list:
         print("\n".join(f"{name}: {CASES[name]}" for name in chosen))
         return
+    out = Path(given.out)
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    held = {entry["case"]: entry for entry in map(json.loads, lines)}
     print("| case | topology | arguments | temporaries | peak | fits | estimate | estimate / compiler | on the wires |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in chosen:
-        print(row(name, CASES[name], Path(given.out), not given.no_compile), flush=True)
+        if name not in held and not given.no_compile:
+            held[name] = {"case": name, "libtpu": metadata.version("libtpu"), **asked(CASES[name])}
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(held[name]) + "\n")
+        print(row(name, CASES[name], held.get(name, {})), flush=True)
 
 
-def row(name: str, case: PlanConfig, out: Path, compiling: bool) -> str:
+def asked(case: PlanConfig) -> dict[str, Any]:
+    """The compiler's figures, or why it refused."""
+    try:
+        return compile_for(case)
+    except ValueError as error:
+        return {"refused": str(error)}
+
+
+def row(name: str, case: PlanConfig, told: dict[str, Any]) -> str:
     """One line of the table; GB (10^9 bytes) a chip."""
-    where = topology(case.topology)
-    figures = plan(case)
+    figures, memory = plan(case), topology(case.topology).chip.memory
     estimate = figures["GB_a_device"]["total"]
-    told: dict = {}
-    if compiling:
-        import dataclasses
-
-        try:
-            told = plan(dataclasses.replace(case, compile=True))["compiled_for"]
-        except ValueError as error:
-            told = {"refused": str(error)}
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"case": name, "plan": figures, "compiled_for": told}) + "\n")
     if "refused" in told:
         return f"| {name} | {case.topology} | {told['refused']} | | | no | {estimate:.2f} | | |"
     if not told:
         return f"| {name} | {case.topology} | | | | {figures['fits']} | {estimate:.2f} | | |"
-    sizes = told["GB_a_device"]
-    fits = "yes" if sizes["peak"] * 1e9 < where.chip.memory else f"no ({where.chip.memory / GIB:.0f} GiB)"
-    moved = ", ".join(f"{kind} {n:.2f}" for kind, n in told["GB_in_collectives"].items() if n >= 0.005)
+    sizes = {kind: told[kind] / 1e9 for kind in ("arguments", "temporaries", "peak")}
+    fits = "yes" if told["peak"] < memory else f"no ({memory / GIB:.0f} GiB)"
+    moved = ", ".join(f"{kind} {n / 1e9:.2f}" for kind, n in told["collectives"].items() if n >= 5e6)
     return (
         f"| {name} | {case.topology} | {sizes['arguments']:.2f} | {sizes['temporaries']:.2f} | {sizes['peak']:.2f} "
-        f"| {fits} | {estimate:.2f} | {told['estimate_over_compiler']:.2f} | {moved} |"
+        f"| {fits} | {estimate:.2f} | {estimate / sizes['peak']:.2f} | {moved} |"
     )
 
 

@@ -5,8 +5,8 @@
 Starts `jlora serve` itself, on the adapters in the folder that fit the model. Clients pick adapters at random and ask
 greedily, streamed or not, each answer compared with the offline one of that adapter; they also break off in the middle,
 send bodies that are too large or no JSON, ask for models that are not there, and load, use and unload adapters of their
-own. 429 is waited out. Prints what was done, and the server's memory after a warm-up (a quarter of the time) and at the
-end; exits 1 after any wrong answer, unexpected status, or growth of more than 5 %.
+own. 429 is waited out. Prints what was done, and the server's memory after a warm-up (every program once, and a quarter
+of the time) and at the end; exits 1 after any wrong answer, unexpected status, or growth of more than 5 %.
 """
 
 from __future__ import annotations
@@ -144,6 +144,16 @@ class Load:
         answer = await self.post(http, "/v1/load_lora_adapter", {"lora_name": mine, "lora_path": "../../etc"})
         self.expect("loaded from elsewhere", answer, 400)
 
+    async def warm(self) -> None:
+        """Every program that the run will need is compiled: what memory grows by afterwards is a leak."""
+        everybody = ["", *self.folders]
+        async with httpx.AsyncClient(base_url=self.url, timeout=600) as http:
+            for prompt in self.prompts:
+                for name in everybody:
+                    await self.whole(http, name, prompt)
+                for names in ([""], everybody):
+                    await asyncio.gather(*(self.whole(http, names[n % len(names)], prompt) for n in range(8)))
+
     async def client(self, number: int) -> None:
         async with httpx.AsyncClient(base_url=self.url, timeout=600) as http:
             # everything once, then at random until the end
@@ -176,6 +186,7 @@ def resident(pid: int) -> float:
 
 async def run(load: Load, minutes: float, pid: int) -> list[float]:
     """All clients until the end; the server's memory, sampled on the way."""
+    await load.warm()
     load.until = time.monotonic() + 60 * minutes
     memory = []
 
@@ -243,7 +254,7 @@ def drive(given: Any, server: Any, log: Any, folders: dict[str, Path], want: Any
         server.wait(timeout=120)
     load.wrong += [line for line in text().splitlines() if "Error" in line]
     quarter = max(len(memory) // 4, 1)
-    # the first quarter is the warm-up: programs are compiled and caches grow
+    # the first quarter: the allocator and the adapters' places fill
     after, end = (float(np.median(part)) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
     return {
         "done": dict(sorted(load.done.items())),

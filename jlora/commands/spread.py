@@ -39,6 +39,22 @@ class Spread:
 
         return alone
 
+    def rows(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run(trained, frozen, batch)`, one result a row, compiled for the data's own batches; every process gets all
+        of them."""
+        if self.mesh is None:
+            return jax.jit(run)
+        mesh, attention = self.mesh, named(self.attention, jax.default_backend())
+        parts = sharding.over_parts(lambda *args: run(*args[:3]), mesh, attention)
+
+        def whole(trained: Any, frozen: Any, batch: Any) -> Any:
+            out = parts(trained, frozen, batch, None)
+            return jax.lax.with_sharding_constraint(
+                out.reshape(-1, *out.shape[2:]), NamedSharding(mesh, PartitionSpec())
+            )
+
+        return self.step(jax.jit(whole))
+
     def tree(self, tree: Any) -> Any:
         """Weights or a trained tree, laid out."""
         if self.mesh is None:
@@ -80,17 +96,14 @@ class Spread:
         return lambda state, frozen, batch: step(state, frozen, self.batch(batch))
 
 
-def spread_of(config: TrainConfig, options: dict[str, Any], splits: bool) -> tuple[Pretrained, Spread]:
+def spread_of(config: TrainConfig, options: dict[str, Any]) -> tuple[Pretrained, Spread]:
     """The model on the mesh of the settings, each process reading its own shards, and the mesh. options: of `load`.
 
-    Without `mesh` all devices split the base (fsdp); one device needs none, nor do tasks whose batches cannot be split.
+    Without `mesh` all devices split the base (fsdp); one device needs none.
     Raises ValueError for a mesh or a batch that does not fit the devices, and what `load` raises.
     """
     keep_compiled(config.output)
-    several = jax.device_count() > 1 and not config.dry_run
-    if several and not splits and (config.mesh or jax.process_count() > 1):
-        raise ValueError(f"{config.data}: labels and pairs are learned on one device: no mesh, one process")
-    if not several or not splits:
+    if jax.device_count() == 1 or config.dry_run:
         if config.mesh and not config.dry_run:
             sharding.make_mesh(config.mesh)
         return load(config.model, weights=not config.dry_run, **options), Spread(attention=config.attention)

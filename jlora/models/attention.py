@@ -97,25 +97,17 @@ def blockwise(
     """A [block, block] tile of scores at a time, computed again in the backward pass: memory linear in s."""
     b, s, h, k = q.shape
     count, g = -(-s // block), keys.shape[2]
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, count * block - s), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(b, count, block, *x.shape[2:]), 1, 0)
-
-    q_parts, k_parts, v_parts = cut(q.reshape(b, s, g, h // g, k)), cut(keys), cut(values)
-    q_ids, k_ids = cut(sight.q_ids + 1), cut(sight.k_ids + 1)  # what is padded here has id 0, and is after every query
+    q_parts, k_parts, v_parts = (cut(x, block) for x in (q.reshape(b, s, g, h // g, k), keys, values))
+    q_ids, k_ids = (
+        cut(sight.q_ids + 1, block),
+        cut(sight.k_ids + 1, block),
+    )  # what is padded here has id 0: seen by none
     starts = jnp.arange(count) * block
 
     def tile(carry: Any, query: Any, part: Any) -> Any:
-        top, total, out = carry
         (q, own, row), (key, value, ids, column) = query, part
         seen = dataclasses.replace(sight, q_ids=own, k_ids=ids, index=row - column).dense()
-        scores = jnp.einsum("bsgrk,btgk->bgrst", q, key).astype(jnp.float32) * scale
-        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        new = jnp.maximum(top, scores.max(-1))
-        weights, decay = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
-        out = out * decay[..., None] + jnp.einsum("bgrst,btgk->bgrsk", weights.astype(q.dtype), value)
-        return new, total * decay + weights.sum(-1), out
+        return fold(carry, q, key, value, seen, scale)
 
     @jax.checkpoint
     def column(carry: Any, part: Any, query: Any) -> tuple[Any, None]:
@@ -128,10 +120,37 @@ def blockwise(
         first = (jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, k)))
         parts = (k_parts, v_parts, k_ids, starts)
         (_, total, out), _ = jax.lax.scan(functools.partial(column, query=query), first, parts)
-        return jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)
+        return (out / total[..., None]).astype(q.dtype)
 
-    rows = jax.lax.map(row, (q_parts, q_ids, starts))
-    return jnp.moveaxis(rows, 0, 1).reshape(b, count * block, h, k)[:, :s]
+    return unfolded(jax.lax.map(row, (q_parts, q_ids, starts)), s)
+
+
+def cut(x: jax.Array, block: int) -> jax.Array:
+    """[b, s, ...] -> [s / block rounded up, b, block, ...], filled up with 0."""
+    b, s, *rest = x.shape
+    count = -(-s // block)
+    x = jnp.pad(x, ((0, 0), (0, count * block - s), *((0, 0),) * len(rest)))
+    return jnp.moveaxis(x.reshape(b, count, block, *rest), 1, 0)
+
+
+def unfolded(out: jax.Array, s: int) -> jax.Array:
+    """Results by block and head [n, b, g, r, block, k] -> [b, s, h, k]."""
+    n, b, g, r, block, k = out.shape
+    return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(b, n * block, g * r, k)[:, :s]
+
+
+def fold(
+    sums: tuple[jax.Array, jax.Array, jax.Array], q: Any, keys: Any, values: Any, seen: Any, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax as it goes: sums (the largest score, Σ exp, Σ exp · value; f32 [b, g, r, s] and [..., k]) with the
+    scores of q [b, s, g, r, k] and keys [b, t, g, k], where seen [b, s, t]."""
+    top, total, out = sums
+    scores = jnp.einsum("bsgrk,btgk->bgrst", q, keys).astype(jnp.float32) * scale
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    new = jnp.maximum(top, scores.max(-1))
+    weights, decay = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+    out = out * decay[..., None] + jnp.einsum("bgrst,btgk->bgrsk", weights.astype(q.dtype), values)
+    return new, total * decay + weights.sum(-1), out
 
 
 def splash(

@@ -1,7 +1,8 @@
 """Bytes and FLOPs by formula: trees and their specs exactly, what a step holds besides by counting.
 
-Letters: b rows and s tokens of one device, d model, f feed-forward, h heads, v vocabulary, l layers, e bytes an
-element. Coefficients of the working set are those that the TPU compiler's figures bear out (docs/scale.md).
+Letters: b rows and s tokens of one device, d model, f feed-forward, h heads, k head size, v vocabulary, l layers, e
+bytes an element. What the working set counts is what lies in memory at the peak of programs that the TPU compiler
+scheduled (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ RESERVED = 0.02
 """Share of a chip's memory that programs do not get: the TPU compiler gives 15.75 of v5e's 16 GiB."""
 
 
+LANES = 128
+"""A TPU fills an array's last axis up to a multiple of this."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The sizes of a decoder's config, whatever its family calls them."""
@@ -32,8 +37,10 @@ class Sizes:
     d: int
     f: int
     heads: int
+    k: int
     vocab: int
     gated: bool
+    tied: bool
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -49,7 +56,9 @@ def sizes_of(config: Any) -> Sizes:
     gpt = hasattr(config, "n_embd")
     inner = getattr(config, "n_inner", None) or 4 * d if gpt else first("intermediate_size")
     heads = first("num_attention_heads", "n_head")
-    return Sizes(first("num_hidden_layers", "n_layer"), d, inner, heads, first("vocab_size"), not gpt)
+    k = getattr(config, "head_dim", None) or d // heads
+    tied = bool(getattr(config, "tie_word_embeddings", True))
+    return Sizes(first("num_hidden_layers", "n_layer"), d, inner, heads, k, first("vocab_size"), not gpt, tied)
 
 
 def shards(spec: PartitionSpec, mesh: Any) -> int:
@@ -64,34 +73,41 @@ def held(tree: Any, specs: Any, mesh: Any) -> int:
 
 
 def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
-    """Bytes of activations and temporaries on one device, at the peak of the backward pass."""
-    c, mesh = sizes_of(run.config), run.mesh
-    tensor, e = mesh.shape["tensor"], jax.numpy.dtype(plan.dtype).itemsize
+    """Bytes of activations and temporaries on one device, at the peak: in the loss, or in the last layer's backward
+    pass."""
+    c, mesh, where = sizes_of(run.config), run.mesh, topology(plan.topology)
+    tensor, fsdp, e = mesh.shape["tensor"], mesh.shape["fsdp"], jax.numpy.dtype(plan.dtype).itemsize
+    wide = lambda n: -(-n // LANES) * LANES if where.compiler else n
     b = plan.batch // math.prod(mesh.shape[name] for name in BATCH)
     s = plan.seq // mesh.shape["sequence"]
     tokens = b * s
-    scores = b * c.heads * s * plan.seq // tensor
-    inner = tokens * c.f // tensor
-    layer = tokens * c.d
-    # what the backward pass of one layer holds: scores in f32 and their weights, and the feed-forward's arrays
+    layer, inner, by_head = (
+        tokens * n * e for n in (wide(c.d), wide(c.f // tensor), c.heads // min(tensor, c.heads) * wide(c.k))
+    )
     plain = plan.attention == "plain" or (plan.attention == "auto" and plan.seq <= SHORT)
-    scores *= plain
-    block = scores * (4 + e) + inner * e * (4 if c.gated else 3) + layer * e * 8
-    saved = c.layers * layer * e
+    scores = b * c.heads * s * plan.seq // tensor if plain else 0
+    saved = c.layers * layer
     if plan.remat == "offload":
-        saved = 2 * layer * e
+        saved = 2 * layer
     elif plan.remat != "full":
-        kept = inner * (3 if c.gated else 2) + layer * 6 + (0 if plan.remat == "dots" else 3 * scores)
-        saved += c.layers * kept * e
-    logits = min(plan.chunk, tokens) * c.vocab // tensor * 4
-    weights = matrices_of(run.frozen if plan.method != "full" else run.state.trained, c) // c.layers * e // tensor
-    gathered = weights * (2 if mesh.shape["fsdp"] > 1 else 0)
-    head = c.vocab * c.d * e // tensor if mesh.shape["fsdp"] > 1 else 0
-    if plan.method == "merged":
-        gathered += 3 * weights
+        saved += c.layers * (
+            inner * (3 if c.gated else 2) + layer * 6 + (0 if plan.remat == "dots" else 3 * e * scores)
+        )
+    weights, matrix = matrices_of(run.frozen if plan.method != "full" else run.state.trained, c)
+    # gathered over fsdp: a matrix while the one before it is used; the head (with its part, turned) as soon as layers
+    # run forward, kept until they have run backward; an embedding that is the head in both layouts, for the loss
+    head = c.vocab * wide(c.d) * e // tensor if fsdp > 1 else 0
+    kept = 0 if c.tied else head + head // fsdp
+    stream = matrix * e // tensor * (2 if fsdp > 1 else 1)
+    block = scores * (4 + e) + inner * (5 if c.gated else 3) + (layer + by_head) * 4
     if plan.method == "full":
-        gathered += weights
-    return {"activations": saved, "temporaries": max(block + gathered, logits + layer * e + head)}
+        stream += matrix * e // tensor  # its gradient
+    if plan.method == "merged":
+        stream += 3 * weights * e // (tensor * fsdp)  # A·B, W + A·B and its gradient, all layers at once
+    # logits as the product gives them, in float32, and their gradient
+    logits = min(plan.chunk, tokens) * c.vocab // tensor * (4 + 2 * e)
+    loss = logits + 2 * layer + (2 * head if c.tied else kept)
+    return {"activations": saved, "temporaries": max(block + stream + kept, loss)}
 
 
 def estimate(plan: PlanConfig, run: Setting) -> dict[str, Any]:
@@ -106,6 +122,8 @@ def estimate(plan: PlanConfig, run: Setting) -> dict[str, Any]:
         "gradients": trained,
         **working_set(plan, run),
     }
+    if plan.method != "full":  # the factors in the dtype of the computation
+        kinds["temporaries"] += trained * jax.numpy.dtype(plan.dtype).itemsize // 4
     return {**kinds, "total": sum(kinds.values())}
 
 
@@ -119,33 +137,36 @@ def flops(plan: PlanConfig, run: Setting) -> float:
     tokens = plan.batch * plan.seq
     again = 1 if plan.remat in ("full", "offload") else 0
     if plan.method == "full":
-        matrices = matrices_of(run.state.trained, c)
+        matrices, _ = matrices_of(run.state.trained, c)
         passes, extra = 3 + again, 0.0
     else:
-        matrices = matrices_of(run.frozen, c)
+        matrices, _ = matrices_of(run.frozen, c)
         passes, extra = 2 + again, 2.0 * size(run.state.trained) * tokens * (3 + again)
     head = 2.0 * c.vocab * c.d * tokens * (passes + (1 - again))
     attention = 4.0 * plan.batch * c.layers * plan.seq**2 * c.d * (3 + again)
     return 2.0 * matrices * tokens * passes + extra + head + attention
 
 
-def matrices_of(tree: Any, c: Sizes) -> int:
-    """Elements of the layers' kernels, in floats or in codes."""
+def matrices_of(tree: Any, c: Sizes) -> tuple[int, int]:
+    """(elements of the layers' kernels, of the largest in one layer), in floats or in codes."""
     leaves = jax.tree.leaves(tree, is_leaf=is_implicit)
-    return sum(math.prod(leaf.shape) for leaf in leaves if len(leaf.shape) == 3 and leaf.shape[0] == c.layers)
+    sizes = [math.prod(leaf.shape) for leaf in leaves if len(leaf.shape) == 3 and leaf.shape[0] == c.layers]
+    return sum(sizes), max(sizes) // c.layers
 
 
 def wires(plan: PlanConfig, run: Setting) -> dict[str, int]:
-    """Bytes a device receives in a step: weights gathered by FSDP (forward and backward) and gradients summed."""
-    mesh = run.mesh
-    whole = held(run.frozen, jax.tree.map(lambda s: without(s, "fsdp"), run.frozen_specs), mesh)
-    own = held(run.frozen, run.frozen_specs, mesh)
-    trained = nbytes(run.state.trained) // mesh.shape["tensor"]
-    if plan.method == "full":
-        own = held(run.state.trained, run.state_specs.trained, mesh)
-        whole = trained
+    """Bytes a device receives in a step: weights gathered by FSDP (a layer's for each of its passes: forward, again
+    under rematerialisation, backward; others once) and gradients summed."""
+    mesh, layers = run.mesh, sizes_of(run.config).layers
+    full = plan.method == "full"
+    tree, wanted = (run.state.trained, run.state_specs.trained) if full else (run.frozen, run.frozen_specs)
+    passes = 3 if plan.remat in ("full", "offload") else 2
+    specs, gathered = paths(wanted), 0
+    for path, leaf in paths(tree).items():
+        whole, own = (nbytes(leaf) // shards(spec, mesh) for spec in (without(specs[path], "fsdp"), specs[path]))
+        gathered += (whole - own) * (passes if leaf.ndim == 3 and leaf.shape[0] == layers else 1)
     alone = math.prod(mesh.shape[name] for name in BATCH) == 1
-    return {"gathered": 2 * (whole - own), "gradients": 0 if alone else trained}
+    return {"gathered": gathered, "gradients": 0 if alone else nbytes(run.state.trained) // mesh.shape["tensor"]}
 
 
 def without(spec: PartitionSpec, name: str) -> PartitionSpec:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from jlora.plan.estimate import estimate, room
 from jlora.plan.known import topology
 from jlora.plan.setting import setting
 
+ROOT = Path(__file__).parents[2]
 LLAMA_8B = 8_030_261_248  # parameters of the released Meta-Llama-3-8B
 TINY = {
     "model_type": "llama",
@@ -60,6 +63,15 @@ def test_the_largest_fits_and_the_next_does_not(name):
     config_with = lambda n: dataclasses.replace(config, **{name: n})
     limit = room(topology(config.topology))
     assert total(largest) <= limit < total(largest + (8 if name == "batch" else 128))
+
+
+def test_estimates_are_within_15_percent_of_the_compiler():
+    """Of what experiments/scale/compile.py has seen, whose figures docs/scale.jsonl holds."""
+    cases = runpy.run_path(str(ROOT / "experiments" / "scale" / "compile.py"))["CASES"]
+    told = [json.loads(line) for line in (ROOT / "docs" / "scale.jsonl").read_text().splitlines()]
+    told = {one["case"]: one["peak"] for one in told if "peak" in one}
+    off = {name: estimate(cases[name], setting(cases[name]))["total"] / peak for name, peak in told.items()}
+    assert len(off) >= 3 and {name: x for name, x in off.items() if not 0.85 < x < 1.15} == {}
 
 
 def test_the_command_puts_methods_side_by_side(capsys):

@@ -17,7 +17,10 @@ from jlora.collectives import by_kind, collectives
 from jlora.leaves import LoraLeaf
 
 MESHES = ["data=8/1000000", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "tensor=2,sequence=2,data=2"]
-OTHERS = ["fsdp=2,tensor=2,sequence=2/0/gemma/qlora"]
+RING = "tensor=2,sequence=4/0/gemma/lora"
+OTHERS = ["fsdp=2,tensor=2,sequence=2/0/gemma/qlora", RING, "fsdp=4,tensor=2/0/bert/labels"]
+OTHERS += ["data=2,fsdp=2,sequence=2/0/deberta/labels", "fsdp=2,data=2,tensor=2/0/llama/dpo"]
+RINGS = ["ring/packed", "ring/some layers' window"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def eight():
     """One report a mesh; "/SIZE" after a mesh is `min_size`."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.scale.eight", *MESHES, *OTHERS],
+        [sys.executable, "-m", "tests.scale.eight", *MESHES, *OTHERS, *RINGS],
         env=env,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -41,6 +44,17 @@ def eight():
 def test_same_losses_and_adapter_as_one_device(eight, mesh):
     assert eight[mesh]["losses"] < 1e-5
     assert eight[mesh]["adapter"] < 1e-5
+
+
+@pytest.mark.parametrize("sight", RINGS)
+def test_a_ring_is_plain_attention(eight, sight):
+    assert max(eight[sight]["off"]) < 1e-5
+
+
+def test_keys_go_round_where_there_are_too_few_heads(eight):
+    """4 heads over 8 devices: nothing is exchanged for heads, and no device holds a whole row."""
+    kinds = {one[0] for one in eight[RING]["collectives"] if "ppermute" in one[4] or "all_to_all" in one[4]}
+    assert kinds == {"collective-permute"}
 
 
 def test_a_data_parallel_step_moves_the_adapter_and_nothing_else(eight):

@@ -32,8 +32,6 @@ class Answers:
 
     head: str | None = None
     labels: int | None = None
-    spreads: bool = True
-    """Whether its batches can be split over devices."""
     whole: tuple[str, ...] = ()
     """Modules that train whole."""
 
@@ -45,7 +43,7 @@ class Answers:
         c = self.config
         kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "remat": REMAT[c.remat]}
         kinds |= {"quantise": scheme(c.quantise), "head": self.head, "labels": self.labels}
-        base, self.spread = spread_of(c, kinds, self.spreads)
+        base, self.spread = spread_of(c, kinds)
         if base.tokenizer is None:
             raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
         return base

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import jlora
@@ -28,8 +27,6 @@ CLASSES = "classes.json"
 
 class Labels(Answers):
     """Sentences and pairs of sentences with a class or a number, by an encoder's head, which trains whole."""
-
-    spreads = False
 
     def __init__(self, config: TrainConfig, rows: Sequence[Row]):
         super().__init__(config)
@@ -72,11 +69,11 @@ class Labels(Answers):
     def objective(self, base: Pretrained) -> Any:
         c, numbers = self.config, self.classes is None
         shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.neftune))
-        return trained_or_judged(jlora.lift(label_sums(base.model, numbers)), shaped, c.dropout)
+        return self.spread.sums(trained_or_judged(jlora.lift(label_sums(base.model, numbers)), shaped, c.dropout))
 
     def judge(self, base: Pretrained) -> Judge:
         run = jlora.lift(outputs(base.model))
-        said = jax.jit(lambda trained, frozen, batch: run(jlora.combine(frozen, trained), batch))
+        said = self.spread.rows(lambda trained, frozen, batch: run(jlora.combine(frozen, trained), batch))
 
         def judge(trained: Any, frozen: Any, batches: BatchSource, stop: Stop, progress: Any) -> dict[str, float]:
             return self.figures(*predictions(lambda batch: said(trained, frozen, batch), batches, stop, progress))

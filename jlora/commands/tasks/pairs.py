@@ -13,8 +13,6 @@ from jlora.train.preference import PairSource, preference_sums
 class Pairs(Answers):
     """Preferences, by DPO or ORPO."""
 
-    spreads = False
-
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         sides, cuts = [], 0
         for alone in zip(*(row.sides for row in rows), strict=True):
