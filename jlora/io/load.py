@@ -176,6 +176,9 @@ def snapshot(name: str, revision: str | None) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         reason = one_line(error)
         raise FileNotFoundError(f"{name} is not in the cache and the Hub cannot be reached: {reason}") from None
+    except Exception as error:  # of a connection that ends in a file; which kind depends on the Hub's client
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise FileNotFoundError(f"{name} is not in the cache and the Hub broke off: run it again ({reason})") from None
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -16,7 +17,7 @@ from jlora.train.step import TrainState
 
 
 class Checkpoints:
-    """`folder`/STEP/: arrays of the `TrainState` by key path, and JSON {position, run}.
+    """`folder`/STEP/: arrays of the `TrainState` by key path, and JSON {position, run, bits}.
 
     `run` is what must not change between a run and its resumption; a difference is refused with both values shown.
     """
@@ -33,7 +34,7 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-        meta = {"position": position, "run": self.run}
+        meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
         with self.explained():  # that of the save before, too: it ends first
             self.manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
@@ -53,12 +54,15 @@ class Checkpoints:
     def restore(self, state: TrainState, allow: Sequence[str] = ()) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, data position) of the latest checkpoint, or None where there is none. `state` gives the structure.
 
-        Raises ValueError naming each value of `run` that changed and is not in `allow`.
+        Raises ValueError naming each value of `run` that changed and is not in `allow`, and for a damaged checkpoint,
+        naming the one before it.
         """
         step = self.manager.latest_step()
         if step is None:
             return None
-        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        with self.whole(step):
+            meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = {"position": meta["position"], "run": dict(meta["run"]), "bits": meta.get("bits")}
         changed = [
             f"{key}: {meta['run'].get(key)!r} -> {self.run.get(key)!r}"
             for key in sorted({*meta["run"], *self.run})
@@ -71,8 +75,26 @@ class Checkpoints:
             jax.tree_util.keystr(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for path, x in leaves
         }
-        arrays = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+        with self.whole(step):
+            arrays = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
+                "state"
+            ]
+            if meta["bits"] not in (None, bits_of(arrays)):
+                raise ValueError("its arrays are not what was saved")
         return jax.tree.unflatten(treedef, [arrays[key] for key in shapes]), meta["position"]
+
+    @contextmanager
+    def whole(self, step: int) -> Iterator[None]:
+        """What goes wrong in reading the checkpoint of `step` as a ValueError that says what to do."""
+        try:
+            yield
+        except Exception as error:  # as above
+            before = [n for n in self.manager.all_steps() if n < step]
+            then = f"--resume goes on from step {max(before)}" if before else "the run starts from step 0"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{self.folder / str(step)}: this checkpoint is damaged; without this folder {then} ({reason[:200]})"
+            ) from None
 
     def clear(self) -> None:
         """Delete every checkpoint: they are another run's."""
@@ -86,3 +108,20 @@ class Checkpoints:
                 self.manager.wait_until_finished()
         finally:
             self.manager.close()
+
+
+@jax.jit
+def added(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of each array the sum of its elements' bits, u32 []."""
+
+    def one(x: jax.Array) -> jax.Array:
+        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(x.dtype.itemsize)
+        bits = x if words is None or x.dtype == bool else jax.lax.bitcast_convert_type(x, words)
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(one, arrays)
+
+
+def bits_of(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """What tells arrays with a bit changed: the array store checks its index alone. Works on shards."""
+    return {name: int(total) for name, total in added(arrays).items()}

@@ -1,8 +1,11 @@
 """What a run does when the disk is full, the process is told to end, or a step's numbers are not finite."""
 
 import os
+import re
 import resource
+import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +106,56 @@ def test_bad_steps_change_nothing_and_the_last_state_is_saved(tmp_path):
     with pytest.raises(FloatingPointError, match=r"2 in a row.*kept"):
         fit(STEP, start(), None, Sometimes(), steps=4, bad_steps=1, keep_bad=lambda batch: "kept")
     assert Checkpoints(tmp_path, {}).manager.latest_step() == 4
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # orbax's reads after the first that failed
+@pytest.mark.parametrize("damage", ["gone", "half", "a bit"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_named(damage, tmp_path):
+    saved = Checkpoints(tmp_path / "run", {})
+    fit(STEP, start(), None, Batches(), steps=4, checkpoints=saved, save_every=2)
+    saved.close()
+    want = {n: fit(STEP, start(), None, Batches(), steps=n) for n in (2, 4)}
+    told = 0
+    files = sorted(p.relative_to(tmp_path / "run") for p in (tmp_path / "run" / "4").rglob("*") if p.is_file())
+    for n, file in enumerate(files):
+        copy = tmp_path / f"copy{n}"
+        shutil.copytree(tmp_path / "run", copy)
+        data = bytearray((copy / file).read_bytes())
+        (copy / file).unlink()
+        if damage != "gone":
+            if damage == "a bit" and data:
+                data[len(data) * 3 // 5] ^= 16
+            (copy / file).write_bytes(data[: len(data) // 2] if damage == "half" else data)
+        again = Checkpoints(copy, {})
+        try:
+            state, position = again.restore(start())
+            step = int(state.step)
+            assert position == {"at": step}
+            jax.tree.map(np.testing.assert_array_equal, want[step], state)
+        except ValueError as error:
+            assert re.search(r"/4: this checkpoint is damaged; .*goes on from step 2 ", str(error))
+            shutil.rmtree(copy / "4")
+            told += 1
+            fresh = Checkpoints(copy, {})
+            assert int(fresh.restore(start())[0].step) == 2
+            fresh.close()
+        again.close()
+    assert told >= 3
+
+
+def test_a_clock_set_back_changes_nothing(tmp_path, monkeypatch):
+    real, calls = time.time, iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: real() - 3600.0 * next(calls))
+    for steps in (3, 6):
+        saved = Checkpoints(tmp_path, {})
+        state, position = saved.restore(start()) or (start(), {"at": 0})
+        assert position["at"] == steps - 3
+        fit(STEP, state, None, Batches(position["at"]), steps=steps, checkpoints=saved, save_every=1)
+        saved.close()
+    again = Checkpoints(tmp_path, {})
+    assert again.manager.all_steps() == [5, 6]
+    state, _ = again.restore(start())
+    again.close()
+    jax.tree.map(np.testing.assert_array_equal, state, fit(STEP, start(), None, Batches(), steps=6))
