@@ -9,6 +9,7 @@ from toys import KEY, TOKENS, encoder, llama, stacks
 
 import jlora
 from jlora.methods import eva
+from jlora.models.deberta import Deberta, DebertaConfig
 from jlora.tree import size
 
 X = jax.random.normal(KEY, (4, 50, 12)) * jnp.linspace(3, 0.1, 12) + 2.0
@@ -84,6 +85,31 @@ def test_every_layer_of_a_scanned_model():
     for module, x in seen.items():
         layer, rest = module.split("/", 1)
         same_space(entries[f"layers/{rest}/kernel"].lora_a[int(layer[-1])], pca(x)[0][:, :2], 1e-2)
+
+
+def test_a_weight_that_reads_a_table_too():
+    """DeBERTa's queries also read its relative positions, which are no rows of the batch: not counted under a mask."""
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = DebertaConfig(**sizes, num_attention_heads=2, position_buckets=4, share_att_key=True, norm_rel_ebd=True)
+    model = Deberta(config, scan_layers=False)
+    params = model.init(KEY, TOKENS)["params"]
+    mask = jnp.arange(TOKENS.shape[1]) < TOKENS.shape[1] - 2
+    mask = jnp.broadcast_to(mask, TOKENS.shape)
+    apply = lambda p, batch: model.apply({"params": p}, batch, mask=mask)
+    seen = []
+
+    def watch(next_fun, args, kwargs, context):
+        if context.module.name == "query_proj":
+            seen.append(args[0])
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        apply(params, TOKENS)
+    (x,) = [x for x in seen if x.shape[:2] == TOKENS.shape][:1]
+    how = {"rho": 1.0, "targets": "query_proj", "sketch": 16, "mask": lambda batch: mask}
+    _, lora = eva.make(params, 2, apply, [TOKENS], **how)
+    (entry,) = jax.tree.leaves(lora, is_leaf=lambda e: hasattr(e, "lora_a"))
+    same_space(entry.lora_a.reshape(16, 2), pca(x[:, :-2])[0][:, :2], 1e-2)
 
 
 def test_ranks_in_a_stack_share_its_largest():
