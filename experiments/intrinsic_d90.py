@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=1 << 17)
     parser.add_argument("--within", type=float, default=1.25, help="ratio of the interval's ends at the end")
     parser.add_argument("--share", type=float, default=0.9)
-    parser.add_argument("--projection", choices=list(intrinsic.PROJECTIONS), default="sparse")
+    parser.add_argument("--projection", choices=list(intrinsic.PROJECTIONS), default="fastfood")
     parser.add_argument("--no-said", action="store_true", help="without a trained scale a weight")
     parser.add_argument("--train", nargs="+", help="names or regexes of the weights that move; all, if not given")
     args = parser.parse_args()
