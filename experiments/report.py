@@ -11,6 +11,8 @@ import argparse
 import base64
 import dataclasses
 import io
+import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,18 @@ def parts(folder: Path, small: bool = False) -> tuple[list[Part], dict[str, Any]
         names = [cell.name for cell in one.cells(config)]
         out.append(Part(one, sum(name in done for name in names), len(names), one.show(config, done)))
         results[name] = done
+    beside = folder / "methods.json"  # of experiments/methods.py
+    results["methods"] = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     return out, results
 
 
 def claims(results: dict[str, Any]) -> Table:
-    rows = [[claim.claim, claim.paper, claim.here(results) or "not run yet", f"`{claim.how}`"] for claim in CLAIMS]
-    return Table(["claim", "the paper", "here", "run"], rows)
+    rows = []
+    for claim in CLAIMS:
+        here = claim.here(results)
+        rows.append([claim.claim, claim.paper, here or "not run yet", claim.holds(results) or ("" if here else "open")])
+        rows[-1].append(f"`{claim.how}`")
+    return Table(["claim", "the paper", "here", "holds", "run"], rows)
 
 
 def markdown(found: list[Part], results: dict[str, Any]) -> str:
@@ -93,7 +101,7 @@ SORT = """document.querySelectorAll('th').forEach(th => th.onclick = () => {
 
 def page(found: list[Part], results: dict[str, Any]) -> str:
     """The same in one HTML file; a click on a column's head sorts by it."""
-    out = ["<h1>The paper, run here</h1>", f"<p>{escape(INTRO)}</p>", "<h2>Claims</h2>", html(claims(results))]
+    out = ["<h1>The paper, run here</h1>", f"<p>{marked(INTRO)}</p>", "<h2>Claims</h2>", html(claims(results))]
     for part in found:
         out += [f"<h2>{escape(part.about.title)}</h2>", f"<p>{escape(part.state)}</p>"]
         if part.done:
@@ -109,6 +117,12 @@ def page(found: list[Part], results: dict[str, Any]) -> str:
     body = "\n".join(out)
     head += f"<title>The paper, run here</title><style>{STYLE}{more}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n<script>{SORT}</script></body></html>\n'
+
+
+def marked(text: str) -> str:
+    """Links and code of Markdown as HTML."""
+    linked = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', escape(text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", linked)
 
 
 def html(table: Table) -> str:

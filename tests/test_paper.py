@@ -173,3 +173,63 @@ def test_glue_columns(tmp_path, monkeypatch):
     assert [(row.text, str(row.label)) for row in glue_rows("CoLA", "train")] == [('We "won.', "1"), ("Won we.", "0")]
     with pytest.raises(FileNotFoundError, match="JLORA_SHARED"):
         glue_rows("RTE", "train")
+
+
+def test_text_experiments_on_a_tiny_model(tmp_path, monkeypatch):
+    """Every line of those that need a decoder: rows read, rate chosen, beams, curves, pairs; tables made."""
+    from experiments.paper import e2e, forgetting, preference
+
+    source = small_model(tmp_path / "model")
+    for name in ("e2e", "glue/QNLI"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    lines = "".join(f'"name[x{n}], area[film]",good film awful film\n' * 2 for n in range(24))
+    for name in ("devset.csv", "testset_w_refs.csv"):
+        (tmp_path / "data" / "e2e" / name).write_text("mr,ref\n" + lines)
+    text = "".join(f"{n}\tq\tA film of number {n} {'good ' * 12}\tentailment\n" for n in range(12))
+    (tmp_path / "data" / "glue" / "QNLI" / "dev.tsv").write_text(f"index\tquestion\tsentence\tlabel\n{text}")
+    monkeypatch.setenv("JLORA_SHARED", str(tmp_path))
+    monkeypatch.setattr(nlg, "captions", lambda written, references: dict.fromkeys(("meteor", "rouge", "cider"), 0.5))
+    moods = [
+        Row(f"Review: good film {n} Sentiment:", f" {mood}") for n in range(40) for mood in ("positive", "negative")
+    ]
+    monkeypatch.setattr(forgetting, "read_rows", lambda source: moods)
+    rated = [(3.0 - 6 * (n % 2), f"good film {n}") for n in range(40)]
+    monkeypatch.setattr(preference, "parse_snippets", lambda path: rated)
+    monkeypatch.setattr(preference, "pip_file", lambda file: None)
+
+    few = dataclasses.replace(e2e.SMALL, sets=(("e2e", 2, 0.9),), prompts=2, max_new_tokens=4)
+    for module, config in ((e2e, few), (forgetting, forgetting.SMALL), (preference, preference.SMALL)):
+        config = dataclasses.replace(config, model=source)
+        assert run(module.EXPERIMENT, config, tmp_path / "out", Budget(None)) == 0
+        done = Kept(tmp_path / "out", module.EXPERIMENT.name, dataclasses.asdict(config)).results
+        shown = module.show(config, done)
+        assert all(any(cell for cell in row[1:]) for table in shown.tables for row in table.rows)
+    held = json.loads((tmp_path / "out" / "forgetting.json").read_text())["cells"]
+    assert len(held["lora/seed 0"]["general text, perplexity"]) == 2
+    assert held["lora/seed 0"]["seen, loss"][0] == pytest.approx(held["full/seed 0"]["seen, loss"][0], abs=1e-3)
+
+
+def test_the_readme_says_what_the_results_say():
+    from experiments.all import RESULTS
+    from experiments.report import README, markdown, page, parts
+
+    found, results = parts(RESULTS)
+    assert markdown(found, results) == README.read_text(encoding="utf-8"), "run python -m experiments.report"
+    assert all(f"results/{figure.name}.png" in README.read_text() for part in found for figure in part.shown.figures)
+    assert all((README.parent / "results" / f"{f.name}.png").is_file() for part in found for f in part.shown.figures)
+    html = page(found, results)
+    assert html.count("<table>") == 1 + sum(len(part.shown.tables) for part in found if part.done)
+
+
+def test_every_claim_names_what_finds_it():
+    from pathlib import Path
+
+    from experiments.paper.claims import CLAIMS
+
+    root = Path(__file__).parent.parent
+    for claim in CLAIMS:
+        words = claim.how.split()
+        scripts = [word for word in words if word.endswith(".py")]
+        assert all((root / script).is_file() for script in scripts), claim.how
+        if "experiments.all" in words:
+            assert words[-1] in NAMES, claim.how

@@ -27,14 +27,15 @@ class Config:
 
     models: tuple[tuple[str, int], ...] = ((ENCODER, 300), (DECODER, 60))
     """With steps of 16 rows."""
-    dimensions: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
+    dimensions: tuple[int, ...] = (512, 2048, 8192, 32768)
+    """SAID's scales alone, one a matrix, are 103 numbers of MiniLM's and 272 of SmolLM2's."""
     rates: tuple[float, ...] = (0.1, 1.0)
     full_rates: tuple[float, ...] = (5e-5, 2e-4)
     held: int = 300
     share: float = 0.9
 
 
-SMALL = Config(models=((ENCODER, 3),), dimensions=(16,), rates=(0.1,), full_rates=(5e-5,), held=32)
+SMALL = Config(models=((ENCODER, 3),), dimensions=(512,), rates=(0.1,), full_rates=(5e-5,), held=32)
 
 
 def work_of(model: str, held: int) -> Work:

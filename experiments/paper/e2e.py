@@ -40,6 +40,7 @@ class Config:
     sets: tuple[tuple[str, int, float], ...] = (("e2e", 400, 0.9), ("webnlg", 200, 0.8), ("dart", 200, 0.8))
     """Name, steps, length penalty."""
     methods: tuple[str, ...] = tuple(NAMES)
+    model: str = DECODER
     seeds: int = 3
     batch: int = 8
     prompts: int = 200
@@ -117,7 +118,7 @@ def work_of(name: str, config: Config) -> Work:
     train, held = grouped(train, 10)
     smoothing = 0.0 if name == "dart" else 0.1
     settings = TrainConfig(
-        DECODER, name, batch=config.batch, max_length=192, buckets=2, label_smoothing=smoothing, weight_decay=0.01
+        config.model, name, batch=config.batch, max_length=192, buckets=2, label_smoothing=smoothing, weight_decay=0.01
     )
     return Work(settings, train, {"split": held[:200], "test": test})
 

@@ -29,6 +29,7 @@ class Config:
 
     methods: tuple[tuple[str, float], ...] = (("lora", 1e-3), ("full", 5e-5))
     """With their rates: those of docs/methods.md's table on these rows."""
+    model: str = DECODER
     rows: int = 200
     steps: int = 150
     """Of 8 rows: six passes."""
@@ -51,7 +52,7 @@ def general(count: int) -> list[Row]:
 def work_of(config: Config) -> Work:
     train, held = split_rows(read_rows(f"pip:{TRAIN}"), config.held, 0)
     other = split_rows(read_rows(f"pip:{OTHER}"), config.held, 0)[1]
-    settings = TrainConfig(DECODER, TRAIN, batch=8, max_length=96, buckets=2, **PAPER_TARGETS[DECODER])
+    settings = TrainConfig(config.model, TRAIN, batch=8, max_length=96, buckets=2, **PAPER_TARGETS[DECODER])
     tests = {"seen": train[: config.held], "held out": held, "other": other, "general": general(config.held)}
     return Work(settings, train[: config.rows], tests)
 

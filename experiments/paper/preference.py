@@ -24,6 +24,7 @@ from jlora.io.pypi import snippets as file_of
 class Config:
     """Pairs of one rated at least `least` and one at most -`least`, on a scale from -4 to 4."""
 
+    model: str = DECODER
     pairs: int = 400
     held: int = 100
     least: float = 2.0
@@ -54,7 +55,14 @@ def cells(config: Config) -> list[Cell]:
     def work() -> Work:
         train, held = split_rows(pairs(config), config.held, 0)
         settings = TrainConfig(
-            DECODER, "pairs", batch=4, max_length=96, buckets=2, loss="dpo", beta=config.beta, **PAPER_TARGETS[DECODER]
+            config.model,
+            "pairs",
+            batch=4,
+            max_length=96,
+            buckets=2,
+            loss="dpo",
+            beta=config.beta,
+            **PAPER_TARGETS[DECODER],
         )
         return Work(settings, train, {"held out": held})
 

@@ -236,10 +236,9 @@ def heat_maps(config: Config, done: Results) -> list[Figure]:
         figure, axes = canvas(len(held), len(maps), (2.7, 2.3))
         for row, (weight, found) in zip(axes, held.items(), strict=True):
             for ax, (what, key) in zip(row, maps, strict=True):
-                image = ax.imshow(
-                    found[what][key] if key else found[what], vmin=0, vmax=1, cmap="viridis", aspect="auto",
-                    origin="lower",
-                )  # fmt: skip
+                phi = np.asarray(found[what][key] if key else found[what])
+                edges = (0.5, phi.shape[1] + 0.5, 0.5, phi.shape[0] + 0.5)
+                image = ax.imshow(phi, vmin=0, vmax=1, aspect="auto", origin="lower", extent=edges)
                 of = f"r = {small} and {large}" if key == "ranks" else "two seeds" if key else ""
                 ax.set(title=f"{weight}, {what} {of}".rstrip(), xlabel="j", ylabel="i")
             figure.colorbar(image, ax=row[-1], label="phi(i, j)")

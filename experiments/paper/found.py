@@ -1,0 +1,309 @@
+"""What was found, of the results that are there, in a line a claim; and whether the paper's finding holds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.paper import combined, few, glue, which
+from experiments.paper.chosen import of
+from experiments.paper.tables import cell, mean
+
+Everything = dict[str, dict[str, Any]]
+"""Results of every experiment by its name; {} where there are none."""
+
+
+def glue_here(results: Everything) -> str:
+    done, config = results["glue"], glue.Config()
+    average, full = glue.averages(config, done)
+    if full:
+        best = {name: f"{100 * average[name]:.1f}" for name in ("full", "lora")}
+        gap = 100 * (average["lora"] - average["full"])
+        size = int(of(done, f"{full[0]}/lora", "trained")[0])
+        agree = "agrees" if gap > -1 else "does not agree"
+        return (
+            f"MiniLM on {', '.join(full)}: LoRA {best['lora']}, full {best['full']} ({gap:+.1f} at "
+            f"{size / 22_713_216:.1%} of the parameters): {agree}"
+        )
+    both = [t for t, _ in config.tasks if of(done, f"{t}/lora") and of(done, f"{t}/full")]
+    said = [f"{t}: LoRA {cell(of(done, f'{t}/lora'))}, full {cell(of(done, f'{t}/full'))}" for t in both]
+    if said:
+        return f"MiniLM, part of the table: {'; '.join(said)}"
+    return once(results, {"lora": "LoRA", "full": "full", "houlsby": "adapter H", "prefix": "prefix-layer"})
+
+
+def few_here(results: Everything) -> str:
+    said = []
+    for rows in few.Config().rows:
+        found = {few.NAMES[m]: of(results["few"], f"{rows}/{m}") for m in few.NAMES}
+        parts = [f"{name} {cell(values)}" for name, values in found.items() if values]
+        said += [f"{rows:,} rows: {', '.join(parts)}"] if parts else []
+    return "; ".join(said)
+
+
+def combined_here(results: Everything) -> str:
+    said = []
+    for task, _ in combined.Config().tasks:
+        found = {name: of(results["combined"], f"{task}/{m}") for m, name in combined.NAMES.items()}
+        parts = [f"{name} {cell(values)}" for name, values in found.items() if values]
+        said += [f"{task}: {', '.join(parts)}"] if parts else []
+    return "; ".join(said) or once(results, combined.NAMES)
+
+
+def once(results: Everything, names: dict[str, str]) -> str:
+    """One run a method, of experiments/methods.py: accuracy and how many rows it is of."""
+    said = []
+    for task, model in (("sst2", "MiniLM, SST-2"), ("snippets", "SmolLM2, snippets")):
+        found = {name: results["methods"].get(f"{task}:{method}") for method, name in names.items()}
+        if all(found.values()):
+            parts = [f"{name} {100 * held['accuracy']:.1f}" for name, held in found.items() if held]
+            said.append(f"{model} (n = {next(iter(found.values()))['n']}): {', '.join(parts)}")
+    return f"one seed, rates guessed, few steps: {'; '.join(said)}" if said else ""
+
+
+def which_here(cases: tuple[tuple[str, int], ...]) -> Callable[[Everything], str]:
+    def here(results: Everything) -> str:
+        found = {f"{w} r={r}": of(results["which"], f"{w} r={r}") for w, r in cases}
+        held = {name: values for name, values in found.items() if values}
+        if not held:
+            return ""
+        low, high = (pick(held, key=lambda name: mean(held[name])[0]) for pick in (min, max))
+        seeds = max(map(len, held.values()))
+        return (
+            f"MiniLM on SST-2, {len(held)} of {len(found)} cases, up to {seeds} seeds: best {high} {cell(held[high])}, "
+            f"worst {low} {cell(held[low])}"
+        )
+
+    return here
+
+
+def why_here(kind: str, say: Callable[[str, dict[str, Any]], str]) -> Callable[[Everything], str]:
+    def here(results: Everything) -> str:
+        said = []
+        for name, held in results["why"].items():
+            if name.endswith(f"/{kind}"):
+                weights = {w: found for w, found in held.items() if w != "seconds"}
+                said += [f"{name.partition('/')[0]}: {'; '.join(say(w, found) for w, found in weights.items())}"]
+        return ". ".join(said)
+
+    return here
+
+
+def overlap_text(weight: str, found: dict[str, Any]) -> str:
+    top = {what: np.mean(found[what]["phi(1, all) of ranks, by layer"]) for what in ("A", "AB")}
+    return f"{weight} phi(1, 64) of A {top['A']:.2f}, of A·B {top['AB']:.2f} (random {64 / found['d']:.2f})"
+
+
+def amplified_text(weight: str, found: dict[str, Any]) -> str:
+    seven = found["table 7, r = 8"]
+    return (
+        f"{weight} by {seven['factor']:.2g} (W in the change's directions {seven['of change']:.2g}, in its own "
+        f"{seven['of W']:.3g}, in random ones {seven['of random']:.2g})"
+    )
+
+
+def full_text(weight: str, found: dict[str, Any]) -> str:
+    rank = np.mean(found["effective rank"])
+    share = np.mean(found["share of 8"])
+    return f"{weight}: the first 8 directions hold {share:.0%}, effective rank {rank:.0f} of {found['size']}"
+
+
+def planned(results: Everything, key: str) -> tuple[float, float] | None:
+    held = [results["cost"].get(f"plan/gpt3-175b/{method}") for method in ("full", "lora")]
+    return (held[0][key], held[1][key]) if held[0] and held[1] else None
+
+
+def memory_here(results: Everything) -> str:
+    found = planned(results, "states, GB")
+    if not found:
+        return ""
+    less = f"{found[0]:,.0f} GB -> {found[1]:,.0f} GB ({found[0] / found[1]:.1f}x)"
+    return f"by plan: {less}, base, factors, gradients and Adam's state"
+
+
+def checkpoint_here(results: Everything) -> str:
+    found = planned(results, "checkpoint, MB at 16 bits")
+    return f"by plan: {found[0] / 1e3:,.0f} GB -> {found[1]:.1f} MB ({found[0] / found[1]:,.0f}x)" if found else ""
+
+
+def switching_here(results: Everything) -> str:
+    held = results["cost"].get("switching")
+    if not held:
+        return ""
+    return (
+        f"SmolLM2-135M: {held['put two factors where two were']:.2f} ms to exchange factors in memory, "
+        f"{held['merged: subtract one, add the other']:.0f} ms to subtract one BA and add another, "
+        f"{held['read an adapter from disk']:.0f} ms to read an adapter, "
+        f"{held['read the whole model']:,.0f} ms the model"
+    )
+
+
+def e2e_here(results: Everything) -> str:
+    found = {name: of(results["e2e"], f"e2e/{name}") for name in ("lora", "full")}
+    return "; ".join(f"{name} BLEU {cell(values, 1.0)}" for name, values in found.items() if values)
+
+
+def sets_here(results: Everything) -> str:
+    found = {s: of(results["e2e"], f"{s}/lora") for s in ("webnlg", "dart")}
+    return "; ".join(f"{name}: LoRA BLEU {cell(values, 1.0)}" for name, values in found.items() if values)
+
+
+def domains_here(results: Everything) -> str:
+    held = results["domains"].get("every adapter on every domain")
+    if not held:
+        return ""
+    own = np.mean([held[d][d]["first"] for d in held["none"]])
+    others = np.mean([held[a][b]["first"] for a in held["none"] for b in held["none"] if a != b])
+    base = np.mean([held["none"][d]["first"] for d in held["none"]])
+    mixed = {name: np.mean([one["first"] for one in held[name].values()]) for name in ("mean", "ties")}
+    return (
+        f"SmolLM2, right words: base {base:.1%}, an adapter on its own domain {own:.1%}, on the others {others:.1%}; "
+        f"mixed by mean {mixed['mean']:.1%}, by ties {mixed['ties']:.1%}"
+    )
+
+
+def forgetting_here(results: Everything) -> str:
+    said = []
+    for method in ("full", "lora"):
+        runs = [held for name, held in results["forgetting"].items() if name.startswith(f"{method}/")]
+        if runs:
+            ends = [(run["general text, perplexity"][0], run["general text, perplexity"][-1]) for run in runs]
+            gap = np.mean([run["held out, loss"][-1] - run["seen, loss"][-1] for run in runs])
+            first, last = np.mean(ends, axis=0)
+            said.append(
+                f"{method}: general perplexity {first:.1f} -> {last:.1f}, "
+                f"held-out loss less seen {gap:.2f} ({len(runs)})"
+            )
+    return "; ".join(said)
+
+
+def dpo_here(results: Everything) -> str:
+    values = of(results["preference"], "dpo")
+    return f"SmolLM2: {cell(values)} % of held-out pairs in order, 50 by chance" if values else ""
+
+
+def dimension_here(results: Everything) -> str:
+    from experiments.paper import dimension
+
+    tables = dimension.show(dimension.Config(), results["dimension"]).tables
+    return "; ".join(f"{row[0]}: D = {row[5]}, {row[6]} of its parameters" for row in tables[0].rows) if tables else ""
+
+
+def released_here(results: Everything) -> str:
+    held = results["released"].get("factors")
+    if not held:
+        return ""
+    rank = {name: held[name]["effective rank"] for name in ("query", "value")}
+    said = [f"{name} {min(r):.1f} to {max(r):.1f} (mean {np.mean(r):.1f})" for name, r in rank.items()]
+    shared = np.mean([row[2] for row in held["query against value"]])
+    return (
+        f"effective rank of 8: {', '.join(said)}; query and value read the same directions to phi(8, 8) = {shared:.3f} "
+        f"(random {held['random'][2]:.3f})"
+    )
+
+
+def score(results: Everything, task: str, method: str) -> float:
+    """Of experiments/methods.py; nan where it is not there."""
+    return results["methods"].get(f"{task}:{method}", {}).get("accuracy", float("nan"))
+
+
+def glue_holds(results: Everything) -> str:
+    """LoRA within a point of full fine-tuning on average."""
+    average, full = glue.averages(glue.Config(), results["glue"])
+    if full:
+        return "agrees" if average["lora"] - average["full"] > -0.01 else "does not agree"
+    near = [score(results, task, "lora") - score(results, task, "full") > -0.01 for task in ("sst2", "snippets")]
+    return "agrees so far" if all(near) else "in part so far" if any(near) else "open"
+
+
+def combined_holds(results: Everything) -> str:
+    """LoRA + PreEmbed above LoRA on a task at least, LoRA + PreLayer below it."""
+    if any(of(results["combined"], f"{task}/lora") for task, _ in combined.Config().tasks):
+        at = lambda task, method: mean(of(results["combined"], f"{task}/{method}"))[0]
+        tasks = [task for task, _ in combined.Config().tasks]
+    else:
+        at, tasks = (lambda task, method: score(results, task, method)), ["sst2", "snippets"]
+    embed = [at(task, "lora+prompt") > at(task, "lora") for task in tasks]
+    layer = [at(task, "lora+prefix") < at(task, "lora") for task in tasks]
+    if any(np.isnan(at(task, method)) for task in tasks for method in ("lora", "lora+prompt", "lora+prefix")):
+        return "open"
+    return "agrees" if any(embed) and all(layer) else "in part" if any(embed) or any(layer) else "does not agree"
+
+
+def which_holds(results: Everything) -> str:
+    """Two or four weights at a lower rank above the best single one."""
+    found = {case: of(results["which"], f"{case[0]} r={case[1]}") for case in which.BUDGET}
+    if not all(found.values()):
+        return "open"
+    best = lambda single: max(mean(v)[0] for (w, _), v in found.items() if (len(w) == 1) == single)
+    return "agrees" if best(False) >= best(True) else "does not agree"
+
+
+def rank_holds(results: Everything) -> str:
+    """q and v at rank 1 within a point of rank 64."""
+    one, many = (of(results["which"], f"qv r={rank}") for rank in (1, 64))
+    return ("agrees" if mean(one)[0] > mean(many)[0] - 0.01 else "does not agree") if one and many else "open"
+
+
+def few_holds(results: Everything) -> str:
+    """At 100 rows LoRA above full fine-tuning, and PreEmbed within five points of chance."""
+    lora, full, prompt = (of(results["few"], f"100/{method}") for method in ("lora", "full", "prompt"))
+    if not (lora and full and prompt):
+        return "open"
+    both = [mean(lora)[0] > mean(full)[0], mean(prompt)[0] < 0.55]
+    return "agrees" if all(both) else "in part" if any(both) else "does not agree"
+
+
+def forgetting_holds(results: Everything) -> str:
+    """General perplexity grows more under full fine-tuning."""
+    grown = {}
+    for method in ("full", "lora"):
+        curves = [v["general text, perplexity"] for n, v in results["forgetting"].items() if n.startswith(method)]
+        grown[method] = np.mean([curve[-1] / curve[0] for curve in curves]) if curves else float("nan")
+    if np.isnan(sum(grown.values())):
+        return "open"
+    return "agrees" if grown["full"] > grown["lora"] else "does not agree"
+
+
+def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]) -> str:
+    """Of every model and weight of `why`."""
+    held = [
+        holds(found)
+        for name, weights in results["why"].items()
+        if name.endswith(f"/{kind}")
+        for weight, found in weights.items()
+        if weight != "seconds"
+    ]
+    return "open" if not held else "agrees" if all(held) else "in part" if any(held) else "does not agree"
+
+
+def overlap_holds(results: Everything) -> str:
+    """phi(1, all) of A above a half."""
+    return over(results, "lora", lambda found: np.mean(found["A"]["phi(1, all) of ranks, by layer"]) > 0.5)
+
+
+def amplified_holds(results: Everything) -> str:
+    """W in the change's directions: more than in random ones, less than a tenth of its own."""
+
+    def holds(found: dict[str, Any]) -> bool:
+        seven = found["table 7, r = 8"]
+        return seven["of random"] < seven["of change"] < 0.1 * seven["of W"] and seven["factor"] > 1
+
+    return over(results, "lora", holds)
+
+
+def low_rank_holds(results: Everything) -> str:
+    """Half of the squared change in 8 directions."""
+    return over(results, "full", lambda found: np.mean(found["share of 8"]) > 0.5)
+
+
+def memory_holds(results: Everything) -> str:
+    found = planned(results, "states, GB")
+    return "open" if not found else "agrees, by plan" if found[0] / found[1] > 3 else "does not agree"
+
+
+def checkpoint_holds(results: Everything) -> str:
+    found = planned(results, "checkpoint, MB at 16 bits")
+    return "open" if not found else "agrees, by plan" if 9000 < found[0] / found[1] < 11000 else "does not agree"
