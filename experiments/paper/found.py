@@ -123,6 +123,38 @@ def memory_here(results: Everything) -> str:
     return f"by plan: {less}, base, factors, gradients and Adam's state"
 
 
+def steps(results: Everything, key: str) -> list[tuple[str, float, float]]:
+    """(model and task, full fine-tuning's, LoRA's) of experiments/methods.py: "seconds" of the processor or "bytes"."""
+    out = []
+    for task, model in (("sst2", "MiniLM on SST-2"), ("snippets", "SmolLM2 on snippets")):
+        full, lora = (results["methods"].get(f"{task}:{method}") for method in ("full", "lora"))
+        out += [(model, full[key], lora[key])] if full and lora else []
+    return out
+
+
+def faster_here(results: Everything) -> str:
+    said = [f"{model} {full / lora:.2f}" for model, full, lora in steps(results, "seconds")]
+    return f"full fine-tuning's step in times of LoRA's (processor time): {', '.join(said)}" if said else ""
+
+
+def faster_holds(results: Everything) -> str:
+    found = [full / lora > 1.25 for _, full, lora in steps(results, "seconds")]
+    return "open" if not found else "agrees" if all(found) else "does not agree"
+
+
+def step_memory_here(results: Everything) -> str:
+    said = [
+        f"{model} {full / 1e6:,.0f} -> {lora / 1e6:,.0f} MB ({full / lora:.1f}x)"
+        for model, full, lora in steps(results, "bytes")
+    ]
+    return f"the compiled step's arguments and temporaries: {', '.join(said)}" if said else ""
+
+
+def step_memory_holds(results: Everything) -> str:
+    found = [full / lora > 2 for _, full, lora in steps(results, "bytes")]
+    return "open" if not found else "agrees" if all(found) else "does not agree"
+
+
 def checkpoint_here(results: Everything) -> str:
     found = planned(results, "checkpoint, MB at 16 bits")
     return f"by plan: {found[0] / 1e3:,.0f} GB -> {found[1]:.1f} MB ({found[0] / found[1]:,.0f}x)" if found else ""
@@ -153,7 +185,7 @@ def sets_here(results: Everything) -> str:
 def domains_here(results: Everything) -> str:
     held = results["domains"].get("every adapter on every domain")
     if not held:
-        return ""
+        return "every adapter on every domain: docs/serving.md; mixed: not run yet"
     own = np.mean([held[d][d]["first"] for d in held["none"]])
     others = np.mean([held[a][b]["first"] for a in held["none"] for b in held["none"] if a != b])
     base = np.mean([held["none"][d]["first"] for d in held["none"]])
