@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    model = GPT2(GPT2Config(n_embd=1024, n_layer=given.layers, n_head=16))
+    model: Any = GPT2(GPT2Config(n_embd=1024, n_layer=given.layers, n_head=16))
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     made = trees(params, {r"h/.*kernel": "sio"})
     plain = lambda tree, tokens: model.apply({"params": tree}, tokens, method="hidden")[:, -1]
