@@ -42,7 +42,7 @@ def written(base: Any, folder: Path, count: int) -> list[Path]:
     out = []
     for n in range(count):
         draw = np.random.default_rng(n)
-        lora = jax.tree.map(lambda like, draw=draw: draw.normal(0, 0.04, like.shape).astype(np.float32), shapes)
+        lora = jax.tree.map(lambda like, draw=draw: draw.normal(0, 0.08, like.shape).astype(np.float32), shapes)
         out.append(save_peft(folder / f"adapter-{n}", lora, CONFIG, base.tensors, base.source))
     return out
 
