@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from experiments.paper import found as f
+from experiments.paper import holds as h
 from experiments.paper import which
 from experiments.paper.found import Everything
 
@@ -40,27 +41,27 @@ CLAIMS = [
         "python experiments/counts.py",
         always("agrees"),
     ),
-    Claim("GPT-3 175B, training memory", "1.2 TB -> 350 GB (3x)", f.memory_here, RUN.format("cost"), f.memory_holds),
+    Claim("GPT-3 175B, training memory", "1.2 TB -> 350 GB (3x)", f.memory_here, RUN.format("cost"), h.memory_holds),
     Claim(
         "Training memory at our sizes",
         "two thirds less with Adam",
         f.step_memory_here,
         "python experiments/methods.py",
-        f.step_memory_holds,
+        h.step_memory_holds,
     ),
     Claim(
         "GPT-3 175B, checkpoint at r = 4 on q and v",
         "350 GB -> 35 MB (10,000x)",
         f.checkpoint_here,
         RUN.format("cost"),
-        f.checkpoint_holds,
+        h.checkpoint_holds,
     ),
     Claim(
         "Training is faster",
         "about 25 % on GPT-3",
         f.faster_here,
         "python experiments/methods.py",
-        f.faster_holds,
+        h.faster_holds,
     ),
     Claim(
         "No latency added when merged; adapter layers add 2 to 30 %",
@@ -78,7 +79,7 @@ CLAIMS = [
         "RoBERTa-base 87.2 against 86.4",
         f.glue_here,
         RUN.format("glue"),
-        f.glue_holds,
+        h.glue_holds,
     ),
     Claim(
         "The same on RoBERTa-base, large and DeBERTa-XXL, SST-2 too",
@@ -123,49 +124,49 @@ CLAIMS = [
         "WikiSQL better with PreEmbed than either; MNLI no better",
         f.combined_here,
         RUN.format("combined"),
-        f.combined_holds,
+        h.combined_holds,
     ),
     Claim(
         "Few examples: LoRA above full at 100, equal later; PreEmbed near chance at 100",
         "MNLI-100, 1k, 10k",
         f.few_here,
         RUN.format("few"),
-        f.few_holds,
+        h.few_holds,
     ),
     Claim(
         "One budget: q and v, or all four at a lower rank, beat one weight at a higher one",
         "q,v 73.7 / 91.3; all four 73.7 / 91.7; q alone 70.4 / 91.0",
         f.which_here(which.BUDGET),
         RUN.format("which"),
-        f.which_holds,
+        h.which_holds,
     ),
     Claim(
         "A rank of 1 is enough for q and v",
         "WikiSQL: 73.4 at r = 1, 73.5 at r = 64",
         f.which_here(tuple(case for case in which.RANKS if case[0] == "qv")),
         RUN.format("which"),
-        f.rank_holds,
+        h.rank_holds,
     ),
     Claim(
         "Ranks 8 and 64 share their top direction, the rest hardly; seeds too",
         "phi above 0.5 for the first direction",
         f.why_here("lora", f.overlap_text),
         RUN.format("why"),
-        f.overlap_holds,
+        h.overlap_holds,
     ),
     Claim(
         "The change amplifies directions that W has and does not stress",
         "GPT-3, layer 48, r = 4: by 21.5; 0.32 in its directions, 21.67 in W's, 0.02 in random ones",
         f.why_here("lora", f.amplified_text),
         RUN.format("why"),
-        f.amplified_holds,
+        h.amplified_holds,
     ),
     Claim(
         "What full fine-tuning changes has a low rank (the hypothesis behind LoRA)",
         "taken from Aghajanyan et al.; not measured",
         f.why_here("full", f.full_text),
         RUN.format("why"),
-        f.low_rank_holds,
+        h.low_rank_holds,
     ),
     Claim("The authors' RoBERTa-base MNLI adapter, read", "", f.released_here, RUN.format("released")),
     Claim(
@@ -179,7 +180,7 @@ CLAIMS = [
         "a talk's claim",
         f.forgetting_here,
         RUN.format("forgetting"),
-        f.forgetting_holds,
+        h.forgetting_holds,
     ),
     Claim("One base, an adapter a domain, swapped and mixed", "", f.domains_here, RUN.format("domains")),
     Claim(

@@ -1,0 +1,128 @@
+"""Whether what the paper found holds in the results that are there: agrees, in part, does not agree, or open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.paper import combined, glue, which
+from experiments.paper.chosen import of
+from experiments.paper.found import Everything, planned, steps
+from experiments.paper.tables import mean
+
+
+def faster_holds(results: Everything) -> str:
+    found = [full / lora > 1.25 for _, full, lora in steps(results, "seconds")]
+    return "open" if not found else "agrees" if all(found) else "does not agree"
+
+
+def step_memory_holds(results: Everything) -> str:
+    found = [full / lora > 2 for _, full, lora in steps(results, "bytes")]
+    return "open" if not found else "agrees" if all(found) else "does not agree"
+
+
+def score(results: Everything, task: str, method: str) -> float:
+    """Of experiments/methods.py; nan where it is not there."""
+    return results["methods"].get(f"{task}:{method}", {}).get("accuracy", float("nan"))
+
+
+def glue_holds(results: Everything) -> str:
+    """LoRA within a point of full fine-tuning on average."""
+    average, full = glue.averages(glue.Config(), results["glue"])
+    if full:
+        return "agrees" if average["lora"] - average["full"] > -0.01 else "does not agree"
+    near = [score(results, task, "lora") - score(results, task, "full") > -0.01 for task in ("sst2", "snippets")]
+    return "agrees so far" if all(near) else "in part so far" if any(near) else "open"
+
+
+def combined_holds(results: Everything) -> str:
+    """LoRA + PreEmbed above LoRA on a task at least, LoRA + PreLayer below it."""
+    if any(of(results["combined"], f"{task}/lora") for task, _ in combined.Config().tasks):
+        at = lambda task, method: mean(of(results["combined"], f"{task}/{method}"))[0]
+        tasks = [task for task, _ in combined.Config().tasks]
+    else:
+        at, tasks = (lambda task, method: score(results, task, method)), ["sst2", "snippets"]
+    embed = [at(task, "lora+prompt") > at(task, "lora") for task in tasks]
+    layer = [at(task, "lora+prefix") < at(task, "lora") for task in tasks]
+    if any(np.isnan(at(task, method)) for task in tasks for method in ("lora", "lora+prompt", "lora+prefix")):
+        return "open"
+    return "agrees" if any(embed) and all(layer) else "in part" if any(embed) or any(layer) else "does not agree"
+
+
+def which_holds(results: Everything) -> str:
+    """Two or four weights at a lower rank above the best single one."""
+    found = {case: of(results["which"], f"{case[0]} r={case[1]}") for case in which.BUDGET}
+    if not all(found.values()):
+        return "open"
+    best = lambda single: max(mean(v)[0] for (w, _), v in found.items() if (len(w) == 1) == single)
+    return "agrees" if best(False) >= best(True) else "does not agree"
+
+
+def rank_holds(results: Everything) -> str:
+    """q and v at rank 1 within a point of rank 64."""
+    one, many = (of(results["which"], f"qv r={rank}") for rank in (1, 64))
+    return ("agrees" if mean(one)[0] > mean(many)[0] - 0.01 else "does not agree") if one and many else "open"
+
+
+def few_holds(results: Everything) -> str:
+    """At 100 rows LoRA above full fine-tuning, and PreEmbed within five points of chance."""
+    lora, full, prompt = (of(results["few"], f"100/{method}") for method in ("lora", "full", "prompt"))
+    if not (lora and full and prompt):
+        return "open"
+    both = [mean(lora)[0] > mean(full)[0], mean(prompt)[0] < 0.55]
+    return "agrees" if all(both) else "in part" if any(both) else "does not agree"
+
+
+def forgetting_holds(results: Everything) -> str:
+    """General perplexity grows more under full fine-tuning."""
+    grown = {}
+    for method in ("full", "lora"):
+        curves = [v["general text, perplexity"] for n, v in results["forgetting"].items() if n.startswith(method)]
+        grown[method] = np.mean([curve[-1] / curve[0] for curve in curves]) if curves else float("nan")
+    if np.isnan(sum(grown.values())):
+        return "open"
+    return "agrees" if grown["full"] > grown["lora"] else "does not agree"
+
+
+def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]) -> str:
+    """Of every model and weight of `why`."""
+    held = [
+        holds(found)
+        for name, weights in results["why"].items()
+        if name.endswith(f"/{kind}")
+        for weight, found in weights.items()
+        if weight != "seconds"
+    ]
+    return "open" if not held else "agrees" if all(held) else "in part" if any(held) else "does not agree"
+
+
+def overlap_holds(results: Everything) -> str:
+    """phi(1, all) of A above a half."""
+    return over(results, "lora", lambda found: np.mean(found["A"]["phi(1, all) of ranks, by layer"]) > 0.5)
+
+
+def amplified_holds(results: Everything) -> str:
+    """W in the change's directions: more than in random ones, less than a tenth of its own."""
+
+    def holds(found: dict[str, Any]) -> bool:
+        seven = found["table 7, r = 8"]
+        return seven["of random"] < seven["of change"] < 0.1 * seven["of W"] and seven["factor"] > 1
+
+    return over(results, "lora", holds)
+
+
+def low_rank_holds(results: Everything) -> str:
+    """Half of the squared change in 8 directions."""
+    return over(results, "full", lambda found: np.mean(found["share of 8"]) > 0.5)
+
+
+def memory_holds(results: Everything) -> str:
+    found = planned(results, "states, GB")
+    return "open" if not found else "agrees, by plan" if found[0] / found[1] > 3 else "does not agree"
+
+
+def checkpoint_holds(results: Everything) -> str:
+    found = planned(results, "checkpoint, MB at 16 bits")
+    return "open" if not found else "agrees, by plan" if 9000 < found[0] / found[1] < 11000 else "does not agree"
