@@ -36,9 +36,6 @@ def over_mesh(inner: Attention | None, mesh: Mesh) -> Attention:
         out = inner(q, keys, values, dataclasses.replace(sight, q_ids=ids[0], k_ids=ids[1]), scale)
         return exchange(out, split_axis=1, concat_axis=2)
 
-    def around(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, *, scale: float) -> jax.Array:
-        return ring(q, keys, values, sight, scale, "sequence")
-
     def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
         h, g = q.shape[2], keys.shape[2]
         copies = {split: split // math.gcd(g, split) for split in (n * tensor, tensor)}  # a key head that several need
@@ -47,17 +44,15 @@ def over_mesh(inner: Attention | None, mesh: Mesh) -> Attention:
             return plain(q, keys, values, sight, scale)
         split = fits[-1 if inner is None else 0]
         keys, values = (jnp.repeat(x, copies[split], axis=2) for x in (keys, values))
+        if inner is None or split < n * tensor:
+            return ring(q, keys, values, sight, scale, mesh)
         held, ids = PartitionSpec(None, "sequence", "tensor", None), PartitionSpec(None, "sequence")
         none: Any = PartitionSpec()
         specs = dataclasses.replace(
             sight, q_ids=ids, k_ids=ids, index=none, local=None if sight.local is None else none
         )
-        if inner is None or split < n * tensor:
-            local = functools.partial(around, scale=scale)
-        else:
-            local = functools.partial(exchanged, scale=scale, inner=inner)
         run = jax.shard_map(
-            local,
+            functools.partial(exchanged, scale=scale, inner=inner),
             mesh=mesh,
             in_specs=(held, held, held, specs),
             out_specs=held,

@@ -31,14 +31,17 @@ def profile_command(config: ProfileConfig) -> dict[str, Any]:
     base = task.load()
     examples = task.examples(rows, base, config.data)
     frozen, lora = made_by(config, base, task.whole)[1](base.params)
-    examiner = Examiner(config, task, base, frozen, lora)
+    spread = task.spread
+    examiner = Examiner(config, task, base, spread.tree(frozen), spread.tree(lora))
     tx = optimiser_of(config, task.steps(examples))
-    step = make_train_step(task.objective(examiner.tuned), tx, seed=config.seed, accumulate=config.accumulate)
     source = task.training(examples, 8)
     batch = max((source[n] for n in range(8)), key=lambda batch: batch["mask"].sum())
     shape = list(batch["tokens"].shape)
     say(f"compiling and running a step on tokens {shape}, {int(batch['mask'].sum())} of them real")
-    found = profile(step, init_state(examiner.lora, tx), examiner.frozen, jax.device_put(batch), repeats=config.repeats)
+    state = spread.state(init_state(examiner.lora, tx))
+    how: dict[str, Any] = {"seed": config.seed, "accumulate": config.accumulate, "lies": spread.lies(state)}
+    step = make_train_step(task.objective(examiner.tuned), tx, **how)
+    found = profile(step, state, examiner.frozen, jax.device_put(spread.batch(batch)), repeats=config.repeats)
     say(str(found))
     names = ("instruction", "kind", "seconds", "scope")
     longest = [dict(zip(names, line, strict=True)) for line in found.longest]

@@ -69,6 +69,10 @@ class Spread:
         follow = sharding.like(state.opt_state, state.trained, trained)
         return sharding.place(state, TrainState(trained, follow, PartitionSpec()), self.mesh)  # pyright: ignore[reportArgumentType]
 
+    def lies(self, state: TrainState) -> Any:
+        """The shardings of a state on the mesh; None on one device."""
+        return None if self.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state)
+
     def batch(self, batch: Mapping[str, Any]) -> Any:
         """A batch of the data's, split and laid out; each process puts in its own rows."""
         if self.mesh is None:

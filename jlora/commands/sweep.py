@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import jlora
@@ -128,6 +129,8 @@ def refuse(config: SweepConfig, trials: list[tuple[str, TrainConfig]]) -> None:
     for name in ("adapter", "resume", "packing", "eval_every", "patience", "metrics", "dry_run"):
         if getattr(config, name):
             raise ValueError(f"a sweep has no {name}: train the trial that you want by itself")
+    if config.mesh or jax.device_count() > 1:
+        raise ValueError(f"a sweep runs on one device, and there are {jax.device_count()}: show it one, without mesh")
     if config.method != "lora" or config.optimiser not in ("adamw", "lion", "sgd"):
         raise ValueError("a sweep is of method lora by adamw, lion or sgd, whose rules are one element's")
     for _, settings in trials:

@@ -121,9 +121,10 @@ def run(
     steps, source = task.steps(examples), task.training(examples, task.steps(examples))
     tx = optimiser_of(config, steps)
     sums = task.objective(examiner.tuned)
-    step = task.spread.step(make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate))
     batches = source.iterator()
     checkpoints, state = opened(config, task.digest(examples), task.spread.state(init_state(lora, tx)), batches)
+    lies = task.spread.lies(state)
+    step = task.spread.step(make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate, lies=lies))
     watch = watching(int(state.step))
 
     def after(state: TrainState, stop: Stop) -> bool:

@@ -16,30 +16,63 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jlora.models.attention import BLOCK, Sight, cut, fold, unfolded
+
+AXIS = "sequence"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ring(
-    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, axis: str, block: int = BLOCK
+    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, mesh: Mesh, block: int = BLOCK
 ) -> jax.Array:
-    """In a `shard_map` over the mesh axis `axis`: q [b, s, h, k], keys, values [b, s, g, k] -> [b, s, h, k]; `sight`
-    has this device's ids. Every device has s tokens, in the order of the axis."""
-    return forward(q, keys, values, sight, scale, axis, block)[0]
+    """q [b, n · s, h, k], keys, values [b, n · s, g, k] -> [b, n · s, h, k]: tokens over the mesh axis `sequence`,
+    heads over `tensor`."""
+    return forward(q, keys, values, sight, scale, mesh, block)[0]
 
 
 def forward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, axis: str, block: int
+    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, mesh: Mesh, block: int
 ) -> tuple[jax.Array, Any]:
     """(the result, what `backward` needs)."""
+    held, seen, logs = layouts(sight)
+    there = functools.partial(forth, scale=scale, block=block)
+    run = jax.shard_map(there, mesh=mesh, in_specs=(held, held, held, seen), out_specs=(held, logs), check_vma=False)
+    # a scan over layers would take all masks, and constants of their size, out of the loop; not out of a checkpoint
+    out, sums = jax.checkpoint(run)(q, keys, values, sight)
+    return out, (q, keys, values, sight, out, sums)
+
+
+def backward(scale: float, mesh: Mesh, block: int, kept: Any, given: jax.Array) -> Any:
+    """The gradients of q, keys and values from that of the result."""
+    held, seen, logs = layouts(kept[3])
+    home = functools.partial(back, scale=scale, block=block)
+    specs = (held, held, held, seen, held, logs, held)
+    run = jax.shard_map(home, mesh=mesh, in_specs=specs, out_specs=(held, held, held), check_vma=False)
+    return *jax.checkpoint(run)(*kept, given), None
+
+
+ring.defvjp(forward, backward)
+
+
+def layouts(sight: Sight) -> tuple[Any, Any, Any]:
+    """Specs of queries (keys, values, the result), of `sight`, and of the logarithms by tile and head."""
+    ids, none = PartitionSpec(None, AXIS), PartitionSpec()
+    seen: Any = {"q_ids": ids, "k_ids": ids, "index": none, "local": None if sight.local is None else none}
+    by_tile = PartitionSpec(AXIS, None, "tensor")
+    return PartitionSpec(None, AXIS, "tensor"), dataclasses.replace(sight, **seen), by_tile
+
+
+def forth(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, *, scale: float, block: int) -> Any:
+    """On one device: (the result [b, s, h, k], the logarithms of its sums f32 [c, b, g, r, t])."""
     b, s, h, k = q.shape
-    g, n = keys.shape[2], jax.lax.axis_size(axis)
+    g, n = keys.shape[2], jax.lax.axis_size(AXIS)
     rows = (cut(q.reshape(b, s, g, h // g, k), block), cut(sight.q_ids + 1, block), starts(s, block))
 
     def visit(sums: Any, held: Any, away: Any) -> Any:
         """`sums` with what the device `away` places back has."""
-        back = gap(away, s, axis)
+        back = gap(away, s)
 
         def row(of: Any) -> Any:
             (q, own, start), sums = of
@@ -60,7 +93,7 @@ def forward(
 
     def step(state: Any, away: Any) -> tuple[Any, None]:
         sums, held = state
-        return (visit(sums, held, away), passed(held, axis)), None
+        return (visit(sums, held, away), passed(held)), None
 
     count = rows[-1].shape[0]
     shape = (count, b, g, h // g, block)
@@ -68,15 +101,24 @@ def forward(
     held = (cut(keys, block), cut(values, block), cut(sight.k_ids + 1, block))
     (sums, held), _ = jax.lax.scan(step, (first, held), jnp.arange(n - 1))
     top, total, out = visit(sums, held, n - 1)
-    out = unfolded(out / total[..., None], s).astype(q.dtype)
-    return out, (q, keys, values, sight, out, top + jnp.log(total))
+    return unfolded(out / total[..., None], s).astype(q.dtype), top + jnp.log(total)
 
 
-def backward(scale: float, axis: str, block: int, kept: Any, given: jax.Array) -> Any:
-    """The gradients of q, keys and values from that of the result."""
-    q, keys, values, sight, out, logs = kept
+def back(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    sight: Sight,
+    out: Any,
+    logs: Any,
+    given: Any,
+    *,
+    scale: float,
+    block: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """On one device: the gradients of q, keys and values."""
     b, s, h, k = q.shape
-    g, n = keys.shape[2], jax.lax.axis_size(axis)
+    g, n = keys.shape[2], jax.lax.axis_size(AXIS)
     split = lambda x: cut(x.reshape(b, s, g, h // g, k), block)
     # softmax's own share, Σ_j p_ij · dp_ij, is one number a query
     share = jnp.einsum("bshk,bshk->bsh", given.astype(jnp.float32), out.astype(jnp.float32))
@@ -84,7 +126,7 @@ def backward(scale: float, axis: str, block: int, kept: Any, given: jax.Array) -
     rows = (split(q), split(given), cut(sight.q_ids + 1, block), starts(s, block), logs, share)
 
     def visit(d_q: Any, held: Any, grads: Any, away: Any) -> Any:
-        back = gap(away, s, axis)
+        back = gap(away, s)
 
         def row(grads: Any, of: Any) -> Any:
             (q, given, own, start, logs, share), d_q = of
@@ -117,31 +159,28 @@ def backward(scale: float, axis: str, block: int, kept: Any, given: jax.Array) -
     def step(state: Any, away: Any) -> tuple[Any, None]:
         d_q, held, grads = state
         d_q, grads = visit(d_q, held, grads, away)
-        return (d_q, passed(held, axis), passed(grads, axis)), None
+        return (d_q, passed(held), passed(grads)), None
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     held = (cut(keys, block), cut(values, block), cut(sight.k_ids + 1, block))
     first = (zeros(rows[0]), held, [zeros(x) for x in held[:2]])
     (d_q, held, grads), _ = jax.lax.scan(step, first, jnp.arange(n - 1))
     d_q, grads = visit(d_q, held, grads, n - 1)
-    d_k, d_v = passed(grads, axis)  # home again
+    d_k, d_v = passed(grads)  # home again
     whole = lambda x, like: jnp.moveaxis(x, 0, 1).reshape(b, -1, *like.shape[2:])[:, :s].astype(like.dtype)
-    return whole(d_q, q), whole(d_k, keys), whole(d_v, values), None
+    return whole(d_q, q), whole(d_k, keys), whole(d_v, values)
 
 
-ring.defvjp(forward, backward)
-
-
-def passed(tree: Any, axis: str) -> Any:
+def passed(tree: Any) -> Any:
     """What the device before sent; this one's goes to the next."""
-    n = jax.lax.axis_size(axis)
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, [(i, (i + 1) % n) for i in range(n)]), tree)
+    n = jax.lax.axis_size(AXIS)
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)]), tree)
 
 
-def gap(away: Any, s: int, axis: str) -> jax.Array:
+def gap(away: Any, s: int) -> jax.Array:
     """Tokens from the first of the device `away` places back round the ring to this one's first; negative: later."""
-    me = jax.lax.axis_index(axis)
-    return s * (me - (me - away) % jax.lax.axis_size(axis))
+    me = jax.lax.axis_index(AXIS)
+    return s * (me - (me - away) % jax.lax.axis_size(AXIS))
 
 
 def starts(s: int, block: int) -> jax.Array:

@@ -100,6 +100,8 @@ def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
     kept = 0 if c.tied else head + head // fsdp
     stream = matrix * e // tensor * (2 if fsdp > 1 else 1)
     block = scores * (4 + e) + inner * (5 if c.gated else 3) + (layer + by_head) * 4
+    if plan.method == "qlora":  # written out from codes: packed, a byte each three times over, and scales in float32
+        stream = matrix * 15 // 2 // tensor
     if plan.method == "full":
         stream += matrix * e // tensor  # its gradient
     if plan.method == "merged":

@@ -95,6 +95,8 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     count: Any = jax.sharding.PartitionSpec()
     state_specs = TrainState(trained_specs, opt_specs, count)
     sums = sums_of(plan, answer_sums(model, plan.chunk))
+    spread = sharding.over_batch(sums, mesh, named(plan.attention, "tpu" if where.compiler else "gpu"))
+    lies = None if devices is None else jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), state_specs)
     return Setting(
         config,
         model,
@@ -104,7 +106,7 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
         state,
         state_specs,
         batch_of(plan, mesh),
-        make_train_step(sharding.over_batch(sums, mesh, named(plan.attention, "tpu" if where.compiler else "gpu")), tx),
+        make_train_step(spread, tx, lies=lies),
     )
 
 

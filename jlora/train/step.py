@@ -70,13 +70,17 @@ def advance(sums_fn: SumsFn, tx: optax.GradientTransformation, accumulate: int =
     return step
 
 
-def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: int = 0, accumulate: int = 1) -> Any:
+def make_train_step(
+    sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: int = 0, accumulate: int = 1, lies: Any = None
+) -> Any:
     """step(state, frozen, batch) -> (state, metrics), jitted, the state donated.
 
     The loss is the mean over labels. With `accumulate` > 1 the batch has that leading axis; gradients of the *sum*
     are added and divided by all labels at the end, so the step equals one with the big batch.
     metrics: `Sums` of the step's batch and the gradient's norm before clipping. Where either is not finite, weights and
     optimiser state stay as they were.
+    lies: a tree of the state's shardings, which the new state keeps; without it XLA lays it out as it likes, and the
+    second step compiles again.
     """
     one = advance(sums_fn, tx, accumulate)
 
@@ -86,7 +90,7 @@ def make_train_step(sums_fn: SumsFn, tx: optax.GradientTransformation, *, seed: 
         trained, opt_state, sums, norm = one(state.trained, state.opt_state, frozen, batch, key)
         return TrainState(trained, opt_state, state.step + 1), (sums, norm)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if lies is None else (lies, None))
 
 
 def make_eval_step(sums_fn: SumsFn) -> Any:

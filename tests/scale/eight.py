@@ -2,7 +2,6 @@
 MESH[/MIN_SIZE[/FAMILY/METHOD]]: "data=8/1000000", "fsdp=4,tensor=2/0/gpt2/dora"; or "ring/SIGHT", attention alone.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -114,7 +113,7 @@ def alone(steps, family="llama", method="lora"):
 
 
 def sharded(text, steps, min_size=0, family="llama", method="lora"):
-    """(losses, adapter, collectives of the step, how the leaves lie)."""
+    """(losses, adapter, collectives of the step, how the leaves lie, how often the step was compiled)."""
     mesh = sharding.make_mesh(text)
     frozen, lora, sums, tx = setting(family, method)
     state = init_state(lora, tx)
@@ -123,7 +122,8 @@ def sharded(text, steps, min_size=0, family="llama", method="lora"):
     frozen_spec = sharding.specs(frozen, LAYOUTS, mesh, min_size=min_size)
     frozen = sharding.place(frozen, frozen_spec, mesh)
     state = sharding.place(state, at, mesh)
-    step = make_train_step(sharding.over_batch(sums, mesh), tx)
+    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(sharding.over_batch(sums, mesh), tx, lies=lies)
     losses, text = [], ""
     for batch in batches(steps, method):
         parts = sharding.split_batch(batch, mesh)
@@ -131,25 +131,14 @@ def sharded(text, steps, min_size=0, family="llama", method="lora"):
         text = text or step.lower(state, frozen, parts).compile().as_text()
         state, (got, _) = step(state, frozen, parts)
         losses.append([float(x) for x in got])
-    return losses, state, collectives(text), jax.tree.map(str, jlora.tree.paths(frozen_spec))
+    return losses, state, collectives(text), jax.tree.map(str, jlora.tree.paths(frozen_spec)), step._cache_size()
 
 
 def around(name):
     """Largest errors of the ring's output and gradients, in tiles that do not divide a device's tokens."""
     arrays, sight = drawn(**SIGHTS[name])
-    held, ids, none = P(None, "sequence", "tensor"), P(None, "sequence"), P()
-    specs = dataclasses.replace(sight, q_ids=ids, k_ids=ids, index=none, local=None if sight.local is None else none)
-
-    def attention(*args):
-        run = jax.shard_map(
-            lambda *local: ring(*local, args[-1], "sequence", 24),
-            mesh=sharding.make_mesh("sequence=4,tensor=2"),
-            in_specs=(held, held, held, specs),
-            out_specs=held,
-            check_vma=False,
-        )
-        return run(*args[:-1])
-
+    mesh = sharding.make_mesh("sequence=4,tensor=2")
+    attention = lambda *args: ring(*args, mesh, 24)
     pairs = zip(out_and_grads(plain, arrays, sight), out_and_grads(attention, arrays, sight), strict=True)
     return [float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs]
 
@@ -162,7 +151,7 @@ def main():
             continue
         name, small, *what = [*text.split("/"), "0"] if "/" not in text else text.split("/")
         losses, adapter = alone(steps, *what)
-        mine, state, moved, spec = sharded(name, steps, int(small), *what)
+        mine, state, moved, spec, compiled = sharded(name, steps, int(small), *what)
         pairs = zip(jax.tree.leaves(adapter), jax.tree.leaves(jax.device_get(state.trained)), strict=True)
         report = {
             "mesh": text,
@@ -171,6 +160,7 @@ def main():
             "adapter_bytes": jlora.tree.nbytes(adapter),
             "collectives": [[c.kind, list(c.dtypes), c.total, c.known, c.where] for c in moved],
             "specs": spec,
+            "compiled": compiled,
             "state_split": any(x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(state.opt_state)),
         }
         print(json.dumps(report), flush=True)
