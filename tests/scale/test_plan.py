@@ -72,7 +72,7 @@ def test_estimates_are_within_15_percent_of_the_compiler():
     told = {one["case"]: one["peak"] for one in told if "peak" in one}
     off = {name: estimate(cases[name], setting(cases[name]))["total"] / peak for name, peak in told.items()}
     assert off.pop("gpt3-lora-64") < 1  # gathered by all-reduce, which is not counted: docs/scale.md
-    assert len(off) >= 5 and {name: x for name, x in off.items() if not 0.85 < x < 1.15} == {}
+    assert len(off) >= 10 and {name: x for name, x in off.items() if not 0.85 < x < 1.15} == {}
 
 
 def test_the_command_puts_methods_side_by_side(capsys):
