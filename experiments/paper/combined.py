@@ -25,7 +25,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 class Config:
     """Sizes are those of experiments/methods.py: the sums are about as large as LoRA alone."""
 
-    tasks: tuple[tuple[str, int], ...] = (("SST-2", 300), ("CoLA", 300))
+    tasks: tuple[tuple[str, int], ...] = (("SST-2", 300), ("MRPC", 300))
     methods: tuple[str, ...] = tuple(NAMES)
     seeds: int = 3
 
@@ -54,7 +54,7 @@ def show(config: Config, done: Results) -> Shown:
         sizes = [int(n) for task, _ in config.tasks for n in of(done, f"{task}/{method}", "trained")]
         found = [cell(of(done, f"{task}/{method}")) for task, _ in config.tasks]
         rows.append([NAMES[method], f"{sizes[0]:,}" if sizes else "", *found])
-    note = "Dev, accuracy and Matthews x 100, mean ± half the 95 % interval over seeds (how many)."
+    note = "Dev, accuracy x 100, mean ± half the 95 % interval over seeds (how many)."
     return Shown([Table(["method", "trained", *(task for task, _ in config.tasks)], rows, note)])
 
 

@@ -26,9 +26,10 @@ class Config:
     """Steps are alike for every method of a task."""
 
     tasks: tuple[tuple[str, int], ...] = (
-        ("CoLA", 400), ("STS-B", 300), ("MRPC", 300), ("RTE", 300), ("SST-2", 600), ("QNLI", 300), ("WNLI", 100),
+        ("STS-B", 300), ("MRPC", 300), ("RTE", 300), ("SST-2", 600), ("QNLI", 300), ("WNLI", 100), ("CoLA", 2000),
     )  # fmt: skip
-    """With the optimiser steps: about one pass over CoLA and STS-B, one and a half over MRPC, two over RTE."""
+    """With the optimiser steps: about one pass over STS-B, one and a half over MRPC, two over RTE, four over CoLA, of
+    which one teaches MiniLM nothing: after 400 steps full fine-tuning and LoRA still name the larger class always."""
     methods: tuple[str, ...] = tuple(NAMES)
     seeds: int = 3
     batch: int = 16
