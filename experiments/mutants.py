@@ -33,7 +33,7 @@ TESTS = {
     "jlora/lift.py": [*CORE, "tests/faults/test_api.py"],
     "jlora/leaves.py": [*CORE, "tests/test_dimension_numbers.py"],
     "jlora/lora.py": [*CORE, "tests/faults/test_api.py"],
-    "jlora/tree.py": [*CORE, "tests/faults/test_api.py"],
+    "jlora/tree.py": ["tests/test_tree.py", "tests/test_lora.py"],
     "jlora/io/peft.py": ["tests/io/test_peft.py", "tests/io/test_from_peft.py"],
     "jlora/io/adapters.py": [
         "tests/io/test_peft.py",
@@ -49,6 +49,7 @@ TESTS = {
     ],
     "jlora/io/gguf.py": ["tests/io/test_gguf.py", "tests/faults/test_gguf_files.py"],
 }
+QUIET = ("-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 HEAVY = (
     "jax",
     "jax.numpy",
@@ -243,7 +244,7 @@ def reach(file: str) -> dict[str, Any]:
 
         def work() -> int:
             plugin = Reached(file)
-            code = int(pytest.main(["-x", "-p", "no:cacheprovider", *TESTS[file]], plugins=[plugin]))
+            code = int(pytest.main([*QUIET, *TESTS[file]], plugins=[plugin]))
             plugin.close()
             Path(place, "seen").write_text(json.dumps(plugin.seen))
             return code
@@ -270,7 +271,7 @@ def judge(mutant: Mutant, seen: dict[str, Any], seconds: float) -> str:
 
     def work() -> int:
         sys.meta_path.insert(0, Swapped(mutant))
-        return int(pytest.main(["-x", "-p", "no:cacheprovider", *(tests or [first, *seen])]))
+        return int(pytest.main([*QUIET, *(tests or [first, *seen])]))
 
     code = in_child(work, seconds)
     return "slow" if code is None else "survived" if code == 0 else "killed"
@@ -287,12 +288,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="+")
     parser.add_argument("--sample", type=int, default=40, help="mutants a module")
+    parser.add_argument("--tests", nargs="*", help="these alone, in place of the module's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=300, help="for one mutant, at most")
     parser.add_argument("--json", type=Path, help="results go here after each mutant, and a later run goes on from it")
     args = parser.parse_args()
     os.chdir(ROOT)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator has one process
     sys.path.insert(0, str(ROOT))
+    if args.tests:
+        TESTS.update(dict.fromkeys(TESTS, args.tests))
     for module in HEAVY:
         importlib.import_module(module)
     held: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}

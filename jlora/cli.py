@@ -9,7 +9,6 @@ import io
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
@@ -62,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     keep_compiled()
     try:
-        with in_one_line(name), joined(name) as first:
+        with joined(name) as first:
             result = getattr(loaded, function)(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"jlora {name}: {sentence(error)}", file=sys.stderr)
@@ -71,22 +70,6 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     if result is not None and first:
         print(json.dumps(result) if as_json else table(result))
-
-
-@contextmanager
-def in_one_line(name: str) -> Iterator[None]:
-    """What ends a thread (a save on a full disk) in one line; whoever waits for the thread says what it means."""
-    before = threading.excepthook
-
-    def tell(args: threading.ExceptHookArgs) -> None:
-        reason = " ".join(f"{args.exc_type.__name__}: {args.exc_value}".split())
-        print(f"jlora {name}: a thread ended: {reason[:200]}", file=sys.stderr)
-
-    threading.excepthook = tell
-    try:
-        yield
-    finally:
-        threading.excepthook = before
 
 
 @contextmanager

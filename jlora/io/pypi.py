@@ -82,7 +82,7 @@ def pip_file(file: PipFile) -> Path:
     with alone(path.parent):
         if not path.exists():  # another process may have fetched it meanwhile
             for left in path.parent.glob("fetch-*"):  # by a process that was killed
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # its pip may be writing still
             with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
                 fetched(file, Path(folder)).rename(path)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jlora.train.step import TrainState
+
+
+def not_raised_too(record: logging.LogRecord) -> bool:
+    """Orbax logs, with its whole trace, what it then raises."""
+    return record.exc_info is None or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(not_raised_too)
 
 
 class Checkpoints:

@@ -22,6 +22,7 @@ from jlora.commands.settings import TrainConfig, save_settings
 from jlora.config import LoraConfig
 from jlora.io import load
 from jlora.io.adapters import load_adapter
+from jlora.io.gguf_adapter import save_gguf_adapter
 from jlora.io.lock import claim, release
 from jlora.io.peft import save_peft
 from jlora.io.save import save
@@ -90,8 +91,14 @@ def save_adapter(base, value):
     return lambda folder: save_peft(folder / "adapter", lora, config, base.tensors, "base")
 
 
+def save_gguf(base, value):
+    lora, _ = adapter(base, value)
+    return lambda folder: save_gguf_adapter(folder / "a.gguf", lora, base.config, base.tensors, "base")
+
+
 OLD_AND_NEW = {
     "adapter": lambda base: (save_adapter(base, 1.0), save_adapter(base, 2.0)),
+    "gguf": lambda base: (save_gguf(base, 1.0), save_gguf(base, 2.0)),
     "settings": lambda _: tuple(
         lambda f, model=m: save_settings(TrainConfig(model, "d"), f / "settings.yaml") for m in ("old", "new")
     ),
@@ -124,7 +131,7 @@ def test_a_fault_at_every_operation(name, error, base, tmp_path, monkeypatch):
             for file, digest in held.items():  # each file is the old or the new one, whole; what is beside is marked
                 assert ".part" in file or digest in (before.get(file), after.get(file)), file
             assert {file for file in before if file not in held} == set()
-            if not isinstance(error, Killed) and name == "adapter":
+            if not isinstance(error, Killed) and name in ("adapter", "gguf"):
                 assert not [file for file in held if ".part" in file]
         if failed:
             new(place)

@@ -1,13 +1,9 @@
 """Quantised weights over eight simulated devices: one device's losses, and codes on the wires, never floats."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from jax.sharding import PartitionSpec as P
+
+from tests.devices import on_eight
 
 RUNS = ["nf4:fsdp=8", "int8:data=2,fsdp=2,tensor=2"]
 SMALLEST = 32 * 16 * 4  # bytes of the smallest weight's matrix in float32; the largest factor has half of them
@@ -15,18 +11,7 @@ SMALLEST = 32 * 16 * 4  # bytes of the smallest weight's matrix in float32; the 
 
 @pytest.fixture(scope="module")
 def split():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.quant.split", *RUNS],
-        env=env,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {report["run"]: report for report in map(json.loads, done.stdout.splitlines())}
+    return on_eight("tests.quant.split", *RUNS, key="run")
 
 
 @pytest.mark.parametrize("run, codes", [(RUNS[0], "u8"), (RUNS[1], "s8")])

@@ -1,11 +1,5 @@
 """Eight simulated devices against one: losses, adapters, what crosses the wires."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +9,7 @@ import jlora
 from jlora import sharding
 from jlora.collectives import by_kind, collectives
 from jlora.leaves import LoraLeaf
+from tests.devices import on_eight
 
 MESHES = ["data=8/1000000", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "tensor=2,sequence=2,data=2"]
 RING = "tensor=2,sequence=4/0/gemma/lora"
@@ -26,18 +21,7 @@ RINGS = ["ring/packed", "ring/some layers' window"]
 @pytest.fixture(scope="module")
 def eight():
     """One report a mesh; "/SIZE" after a mesh is `min_size`."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scale.eight", *MESHES, *OTHERS, *RINGS],
-        env=env,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {report["mesh"]: report for report in map(json.loads, done.stdout.splitlines())}
+    return on_eight("tests.scale.eight", *MESHES, *OTHERS, *RINGS, key="mesh")
 
 
 @pytest.mark.parametrize("mesh", MESHES + OTHERS)

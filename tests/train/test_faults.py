@@ -5,7 +5,10 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,9 @@ import numpy as np
 import optax
 import pytest
 
+from jlora.cli import main
 from jlora.train import Checkpoints, Interrupted, Sums, evaluate, fit, init_state, make_train_step
+from tests.small import rows, small_model
 
 
 def sums_fn(trained, frozen, batch, key):
@@ -159,3 +164,23 @@ def test_a_clock_set_back_changes_nothing(tmp_path, monkeypatch):
     state, _ = again.restore(start())
     again.close()
     jax.tree.map(np.testing.assert_array_equal, state, fit(STEP, start(), None, Batches(), steps=6))
+
+
+def test_a_full_disk_ends_the_command_with_one_sentence_and_it_goes_on(tmp_path, capsys):
+    words = ["train", "--model", small_model(tmp_path / "model"), "--data", rows(tmp_path, 24), "--held-out", "8"]
+    words += ["--steps", "6", "--save-every", "3", "--eval-every", "0", "--samples", "0"]
+    words += ["--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40; exec "$@"', "limited", sys.executable, "-m", "jlora.cli", *words],  # kB a file
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "checkpoints: a checkpoint could not be written; none is left (" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "adapter").exists()
+    main([*words, "--resume"])
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() and capsys.readouterr().err
