@@ -44,7 +44,7 @@ def main():
         eight.setting = quantised(scheme)
         eight.alone.cache_clear()  # it knows nothing of schemes
         losses, _ = eight.alone(2)
-        mine, _, moved, spec = eight.sharded(mesh, 2)
+        mine, _, moved, spec, _ = eight.sharded(mesh, 2)
         report = {
             "run": text,
             "losses": eight.off(losses, mine),

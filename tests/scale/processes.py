@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils  # noqa: E402  (no JAX call may com
 
 from tests.scale.eight import alone, off, sharded  # noqa: E402
 
-losses, state, moved, _ = sharded(mesh, 3, 0)
+losses, state, moved, *_ = sharded(mesh, 3, 0)
 whole = multihost_utils.process_allgather(state.trained, tiled=True)
 if number == 0:
     want, adapter = alone(3)
