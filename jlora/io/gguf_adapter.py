@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jlora.io.gguf import gguf_name
-from jlora.io.peft import module_of, modules
+from jlora.io.peft import module_of, modules, naming
 from jlora.lora import LoraFactors
 from jlora.models.llama import LlamaConfig
 from jlora.models.tensors import HFTensor
@@ -55,13 +55,14 @@ def save_gguf_adapter(path: str | Path, lora: Any, config: LlamaConfig, tensors:
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
         writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with naming(path):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)
         raise

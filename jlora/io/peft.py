@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,24 @@ def put_all(files: Mapping[Path, bytes]) -> None:
     beside = {path: path.with_name(path.name + ".part") for path in files}
     try:
         for path, data in files.items():
-            beside[path].write_bytes(data)
-            with beside[path].open("rb") as file:
-                os.fsync(file.fileno())
+            with naming(path):
+                beside[path].write_bytes(data)
+                with beside[path].open("rb") as file:
+                    os.fsync(file.fileno())
         for path, part in beside.items():
-            part.replace(path)
+            with naming(path):
+                part.replace(path)
     except OSError:
         for part in beside.values():
             part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A write's OSError with the file it was for: Python names one on opening, not on writing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
         raise

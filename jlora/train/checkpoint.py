@@ -40,11 +40,11 @@ class Checkpoints:
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Start saving (asynchronously); an unfinished save leaves the previous checkpoint whole."""
         step = int(state.step)
-        if step in self.manager.all_steps():
-            return
-        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-        meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
         with self.explained():  # that of the save before, too: it ends first
+            if step in self.manager.all_steps():
+                return
+            arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+            meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
             self.manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
             )
@@ -112,11 +112,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until every save is on disk."""
-        try:
-            with self.explained():
+        with self.explained():  # closing can raise the write's error once more
+            try:
                 self.manager.wait_until_finished()
-        finally:
-            self.manager.close()
+            finally:
+                self.manager.close()
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """What a run does when the disk is full, the process is told to end, or a step's numbers are not finite."""
 
 import gc
+import inspect
 import os
 import re
 import resource
@@ -114,10 +115,9 @@ def test_bad_steps_change_nothing_and_the_last_state_is_saved(tmp_path):
     assert Checkpoints(tmp_path, {}).manager.latest_step() == 4
 
 
-# orbax's reads after the first that failed
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["gone", "half", "a bit"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_named(damage, tmp_path):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_named(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # orbax's reads after the first that failed
     saved = Checkpoints(tmp_path / "run", {})
     fit(STEP, start(), None, Batches(), steps=4, checkpoints=saved, save_every=2)
     saved.close()
@@ -147,8 +147,16 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_named(damage, tmp_path)
             assert int(fresh.restore(start())[0].step) == 2
             fresh.close()
         again.close()
-    gc.collect()  # those reads, while their warnings are ignored
     assert told >= 3
+    until = time.monotonic() + 10
+    while reads() and time.monotonic() < until:  # they end by themselves
+        time.sleep(0.05)
+
+
+def reads():
+    """Orbax's unfinished reads, which some thread of the array store still holds."""
+    gc.collect()
+    return [x for x in gc.get_objects() if inspect.iscoroutine(x) and "_read_" in x.__qualname__]
 
 
 def test_a_clock_set_back_changes_nothing(tmp_path, monkeypatch):
@@ -172,7 +180,7 @@ def test_a_full_disk_ends_the_command_with_one_sentence_and_it_goes_on(tmp_path,
     words += ["--steps", "6", "--save-every", "3", "--eval-every", "0", "--samples", "0"]
     words += ["--output", str(tmp_path / "run")]
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 40; exec "$@"', "limited", sys.executable, "-m", "jlora.cli", *words],  # kB a file
+        ["bash", "-c", 'ulimit -f 16; exec "$@"', "limited", sys.executable, "-m", "jlora.cli", *words],  # kB a file
         env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
