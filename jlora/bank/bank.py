@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +67,12 @@ class AdapterBank:
         rank: int = 8,
         most: int | None = None,
         dtype: Any = jnp.float32,
-        method: Method = "gather",
+        method: Method = "auto",
     ) -> None:
         if capacity < 1 or rank < 1:
             raise ValueError(f"capacity {capacity}, rank {rank}: both are 1 or more")
-        if method not in ("gather", "dense"):
-            raise ValueError(f"method {method!r}: 'gather' or 'dense'")
+        if method not in get_args(Method):
+            raise ValueError(f"method {method!r}: {', '.join(get_args(Method))}")
         self.capacity, self.rank, self.most = capacity, rank, capacity if most is None else most
         if self.most < capacity:
             raise ValueError(f"most = {most} is below the capacity {capacity}")

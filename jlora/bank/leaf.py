@@ -3,13 +3,15 @@
 Axes: n slots, r rank (of every slot: smaller ranks are padded with zeros, the same function), b rows of the batch.
 Two forms of the product, both exact. "gather" takes each row's own factors and does a batched product (Punica's BGMV,
 Chen et al. 2023, arXiv 2310.18547); "dense" takes the products with all slots at once and keeps each row's own, which
-reads every slot but is one large matmul. experiments/serving/products.py compares these and two more: gather is the
-least from about nine slots up and for long rows, dense for a few slots and one token a row.
+reads every slot but is one large matmul. "auto" takes dense for few slots and one token a row, as in decoding, where a
+whole step of SmolLM2 took 0.85 of what it takes with gather, and else gather. experiments/serving/products.py compares
+these and two more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +22,9 @@ from jlora.following import FollowingLeaf, Product, spread
 from jlora.leaves import RANK, contract
 from jlora.lora import Adapter, axes_of
 
-Method = Literal["gather", "dense"]
+Method = Literal["auto", "gather", "dense"]
+FEW = 16
+"""Slots that "auto" multiplies by all at once."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +36,7 @@ class BankLeaf(FollowingLeaf):
     """
 
     slots: int = dataclasses.field(default=1, metadata={"static": True})
-    method: Method = dataclasses.field(default="gather", metadata={"static": True})
+    method: Method = dataclasses.field(default="auto", metadata={"static": True})
 
     rules: ClassVar[dict[str, Callable[..., Any]]] = FollowingLeaf.rules
     trainable: ClassVar[tuple[str, ...]] = ()
@@ -59,7 +63,8 @@ class BankLeaf(FollowingLeaf):
             raise ValueError(f"{self.path}: {rows.shape[0]} adapter indices for a batch of {size} rows {list(x.shape)}")
         middle = (*(label for label in product.x if label in product.out), RANK)
         middle = (free[0], *(label for label in middle if label != free[0]))
-        if self.method == "dense":
+        one = math.prod(n for n, label in zip(x.shape, product.x, strict=True) if label in free[1:]) == 1
+        if self.method == "dense" or (self.method == "auto" and one and self.slots <= FEW):
             h = contract(x, product.x, first[0].astype(x.dtype), first[1], middle)
             own = jax.nn.one_hot(rows, self.slots, dtype=x.dtype)
             own = jnp.repeat(own, first[0].shape[first[1].index(RANK)] // self.slots, axis=1)
@@ -93,7 +98,7 @@ class BankFactors(Adapter):
     rows: Any = None
     slots: int = dataclasses.field(default=1, metadata={"static": True})
     layout: str = dataclasses.field(default="io", metadata={"static": True})
-    method: Method = dataclasses.field(default="gather", metadata={"static": True})
+    method: Method = dataclasses.field(default="auto", metadata={"static": True})
 
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> BankLeaf:
         """Raises ValueError without rows."""

@@ -40,7 +40,7 @@ def made(request):
     return model, params, adapters
 
 
-@pytest.mark.parametrize("method", ["gather", "dense"])
+@pytest.mark.parametrize("method", ["gather", "dense", "auto"])
 def test_each_row_is_its_adapter_alone(made, method):
     model, params, adapters = made
     bank = AdapterBank(params, capacity=2, rank=4, most=4, method=method)
@@ -56,6 +56,22 @@ def test_each_row_is_its_adapter_alone(made, method):
         np.testing.assert_allclose(out[n], alone[0], atol=1e-5, rtol=1e-5)
     far = apply({"params": params}, TOKENS)
     assert float(jnp.abs(out - far)[2].max()) > 0.05 and float(jnp.abs(out - far)[1].max()) < 1e-5
+
+
+def test_auto_multiplies_all_of_few_slots_where_a_row_is_one_token(made):
+    model, params, adapters = made
+    text = {}
+    for method in ("gather", "dense", "auto"):
+        for most in (3, 40):
+            bank = AdapterBank(params, capacity=most, rank=4, method=method)
+            bank.add("a", adapters["a"])
+            tree = jlora.combine(params, bank.tree(["a", None]))
+            for s in (1, 3):
+                text[method, most, s] = str(jax.make_jaxpr(jlora.lift(model.apply))({"params": tree}, TOKENS[:2, :s]))
+    for most, s in [(3, 1), (3, 3), (40, 1)]:
+        assert text["gather", most, s] != text["dense", most, s]
+        assert text["auto", most, s] == text["dense" if (most, s) == (3, 1) else "gather", most, s]
+
 
 
 def test_one_merged_is_its_adapter_and_shares_the_rest(made):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 
 from jlora.bank import AdapterBank
 from jlora.io.adapters import load_adapter
+from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import truncate
 from jlora.serve import slots as slots_module
 from jlora.serve.alone import Alone
-from jlora.serve.engine import Engine, QueueFull
+from jlora.serve.engine import Engine, QueueFull, sampling
 from jlora.serve.request import Ask, Request
 from jlora.serve.sample import Sampling, draw
 from tests.serve.parts import NAMES, PROMPTS, Asked, offline, until
@@ -60,6 +63,16 @@ def test_nothing_is_compiled_again(served):
     ask()
     engine.load("film", folder / "film").result()
     assert compiled() == before
+
+
+def test_layers_that_are_not_scanned_keep_their_cache_each_for_itself():
+    model = Llama(LlamaConfig(15, 32, 48, 3, 4, 2, 8), scan_layers=False)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    state, bank = slots_module.empty(model, 2, 16), jax.tree.map(lambda _: None, params)
+    rows, how = jnp.zeros(2, jnp.int32), sampling([Ask((0,))] * 2)
+    step = slots_module.decode.lower(model, 1, params, bank, state, rows == 0, rows, how).compile()
+    assert state.cache["kv"][0][0].shape == (2, 16, 2, 8)
+    assert not re.search(r"f32\[3,2,(1,)*16,2,8\]", step.as_text())  # joined and cut again
 
 
 def test_a_running_request_keeps_its_adapter(served):
