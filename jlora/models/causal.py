@@ -89,3 +89,12 @@ def through(layers: Any, x: jax.Array, kv: Any, *shared: Any) -> tuple[jax.Array
         x, one = layer(x, None if kv is None else jax.tree.map(lambda a, n=n: a[n], kv), *shared)
         new.append(one)
     return x, None if kv is None else jax.tree.map(lambda *rows: jnp.stack(rows), *new)
+
+
+def tied_head(words: nn.Embed, hidden: jax.Array) -> jax.Array:
+    """hidden [..., d] -> logits f32 [..., v], the head that shares the embedding of the tokens [v, d].
+
+    `words.attend` turns the embedding round, which XLA for CPUs does by a copy of it where a loop is around the head.
+    """
+    hidden, table = nn.dtypes.promote_dtype(hidden, words.embedding, dtype=words.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through
+from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through, tied_head
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -194,7 +194,7 @@ class Gemma(nn.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
-        return self.embed_tokens.attend(hidden).astype(jnp.float32)
+        return tied_head(self.embed_tokens, hidden)
 
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows; local layers keep as many as global ones."""

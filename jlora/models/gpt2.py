@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through
+from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through, tied_head
 from jlora.models.tensors import HFTensor
 
 
@@ -153,7 +153,7 @@ class GPT2(nn.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
-        return self.wte.attend(hidden).astype(jnp.float32)
+        return tied_head(self.wte, hidden)
 
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through
+from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through, tied_head
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -216,8 +216,9 @@ class Llama(nn.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
-        logits = self.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
-        return logits.astype(jnp.float32)
+        if self.config.tie_word_embeddings:
+            return tied_head(self.embed_tokens, hidden)
+        return self.lm_head(hidden).astype(jnp.float32)
 
     def hidden(
         self,

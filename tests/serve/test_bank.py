@@ -73,7 +73,6 @@ def test_auto_multiplies_all_of_few_slots_where_a_row_is_one_token(made):
         assert text["auto", most, s] == text["dense" if (most, s) == (3, 1) else "gather", most, s]
 
 
-
 def test_one_merged_is_its_adapter_and_shares_the_rest(made):
     _, params, adapters = made
     bank = AdapterBank(params, capacity=3, rank=8)
