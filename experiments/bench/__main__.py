@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from experiments.bench.config import MORE, QV, STEP, Case
-from experiments.bench.figures import matmul_peak
+from experiments.bench.figures import matmul_peak, own_products
 from experiments.bench.movies import movies
 from experiments.bench.starts import starts
 from experiments.bench.table import page, plot
@@ -34,7 +34,8 @@ def step(folder: Path, rounds: int, names: tuple[str, ...] = STEP, case: Case = 
     peaks = [matmul_peak()]
     found = in_turn(names, case, folder, rounds)
     peaks.append(matmul_peak())
-    return {"case": dataclasses.asdict(case), "matmul_peak_gflops": peaks, "contestants": found}
+    own = own_products(case.batch * case.seq)
+    return {"case": dataclasses.asdict(case), "matmul_peak_gflops": peaks, "own_products": own, "contestants": found}
 
 
 def growth(folder: Path, rounds: int) -> dict[str, Any]:

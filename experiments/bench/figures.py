@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,11 +35,48 @@ def matmul_peak(size: int = 1536, tries: int = 30) -> float:
     return 2 * size**3 / best / 1e9
 
 
+def sizes() -> tuple[dict[str, tuple[int, int]], int, tuple[int, int]]:
+    """(products of a layer of SmolLM2-135M: (in, out), layers, (d, vocabulary))."""
+    d, f, kv = 576, 1536, 192
+    square = {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)}
+    return square | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}, 30, (d, 49152)
+
+
 def step_flops(tokens: int, rank: int, targets: Sequence[str]) -> float:
     """FLOPs of the least step of SmolLM2-135M: forward, gradients of inputs, factors; every token a label."""
-    d, f, kv, layers, vocab = 576, 1536, 192, 30, 49152
-    sizes = {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)}
-    sizes |= {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-    base = 4.0 * tokens * (layers * sum(i * o for i, o in sizes.values()) + vocab * d)
-    thin = 6.0 * tokens * rank * layers * sum(sum(sizes[name]) for name in targets)
+    of, layers, (d, vocab) = sizes()
+    base = 4.0 * tokens * (layers * sum(i * o for i, o in of.values()) + vocab * d)
+    thin = 6.0 * tokens * rank * layers * sum(sum(of[name]) for name in targets)
     return base + thin
+
+
+def own_products(tokens: int, tries: int = 10) -> float:
+    """Seconds of the frozen products of that step by themselves, forward and towards the inputs, at their own shapes,
+    each as soon as the one before: what a step without attention, adapter, loss or anything else would take."""
+    import time
+
+    import jax
+
+    of, layers, head = sizes()
+    made = lambda shape, n: jax.random.normal(jax.random.key(n), shape) * 0.02
+    stacks = [made((layers, *shape), n) for n, shape in enumerate(of.values())]
+    words = made((head[1], head[0]), 99)
+    xs = [made((tokens, i), n) for n, (i, _) in enumerate(of.values())]
+
+    def run(stacks: Any, words: Any, xs: Any) -> Any:
+        def layer(xs: Any, ws: Any) -> Any:  # every product hangs on the layer before and none is thrown away
+            forward = [x @ w for x, w in zip(xs, ws, strict=True)]
+            return [y @ w.T for y, w in zip(forward, ws, strict=True)], None
+
+        xs, _ = jax.lax.scan(layer, xs, stacks)
+        logits = xs[0] @ words.T
+        return xs, logits @ words
+
+    program = jax.jit(run)
+    jax.block_until_ready(program(stacks, words, xs))
+    best = float("inf")
+    for _ in range(tries):
+        began = time.perf_counter()
+        jax.block_until_ready(program(stacks, words, xs))
+        best = min(best, time.perf_counter() - began)
+    return best

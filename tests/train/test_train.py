@@ -61,6 +61,17 @@ def source(**kwargs):
     return BatchSource(examples(), kwargs.pop("batch", 8), [8, 16], **kwargs)
 
 
+def test_what_argmax_names_with_ties_and_numbers_that_are_none():
+    draw = np.random.default_rng(0)
+    logits = draw.integers(0, 4, (400, 6)).astype(np.float32)  # ties in most rows
+    logits[:20, 2] = np.nan
+    labels = draw.integers(0, 6, 400)
+    _, right = chunked_sums(lambda h: h, jnp.asarray(logits), jnp.asarray(labels), 64)
+    finite = np.arange(400) >= 20
+    np.testing.assert_array_equal(right[finite], (logits.argmax(-1) == labels)[finite])
+    assert not np.any(right[~finite][labels[:20] != 2]) and 0 < np.sum(right) < 200
+
+
 def test_sums_equal_full_logits():
     batch = source()[1]
     got = SUMS(PARAMS, batch)
