@@ -115,6 +115,16 @@ def test_dropout_drops_the_adapters_input_only_and_keeps_its_mean():
     np.testing.assert_array_equal(out, apply(frozen, X))
 
 
+def test_each_layer_of_a_scanned_stack_drops_by_itself():
+    params = {"w": jnp.zeros((3, 8, 2))}
+    lora = {"w": jlora.LoraFactors(jnp.ones((3, 8, 1)), jnp.ones((3, 1, 2)), 1.0, "sio")}
+    f = lambda p, x: jax.lax.scan(lambda x, w: (x, x @ w), x, p["w"])[1][:, :, 0]  # [3, 200]
+    y = jlora.lift(f)(jlora.combine(params, lora, dropout=0.5, key=jax.random.key(0)), jnp.ones((200, 8)))
+    assert set(np.unique(y)) <= set(range(0, 17, 2))  # of eight ones those that are left, doubled
+    for n, other in ((0, 1), (1, 2), (0, 2)):
+        assert 0.1 < float(jnp.mean(y[n] == y[other])) < 0.35  # as of independent draws: 0.196
+
+
 def test_dropout_needs_a_key_and_a_probability():
     frozen, lora = jlora.lorafy(weights(), 4)
     with pytest.raises(ValueError, match="needs key="):
