@@ -80,7 +80,7 @@ def test_eval_and_merge(trained, place, tmp_path, capsys):
     )  # fmt: skip
     assert code == 0, err
     assert len(list(merged.glob("model-*-of-*.safetensors"))) > 1
-    base, plain = load(place["model"]), load(str(merged))
+    base, plain = load(place["model"]), load(merged)
     frozen, lora, _ = load_adapter(base, adapter)
     tokens = np.array([[3, 4, 5, 9, 10]])
     want = jlora.lift(base.model.apply)({"params": jlora.combine(frozen, lora)}, tokens)
@@ -172,7 +172,7 @@ def test_a_merged_folder_loads_in_transformers(trained, place, tmp_path):
           "--dtype", "float32"])  # fmt: skip
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "m")("Review : good film Sentiment :")["input_ids"]
-    ours = load(str(tmp_path / "m"))
+    ours = load(tmp_path / "m")  # a Path will do
     with torch.no_grad():
         want = theirs(torch.tensor([ids])).logits.numpy()
     np.testing.assert_allclose(ours.model.apply({"params": ours.params}, np.array([ids])), want, atol=1e-4)

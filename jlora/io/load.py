@@ -69,7 +69,7 @@ def layouts_of(tensors: Iterable[HFTensor]) -> dict[str, str]:
 
 
 def load(
-    source: str,
+    source: str | Path,
     *,
     dtype: Any = jnp.float32,
     revision: str | None = None,
@@ -91,6 +91,7 @@ def load(
     linear weights; a layer at a time, so the floats are never whole in memory.
     Raises ValueError listing tensors that are missing, unknown or wrongly shaped, FileNotFoundError for no source.
     """
+    source = str(source)
     path = locate(source, revision)
     if path.is_dir():
         hub = read_json(path / "config.json")
