@@ -123,6 +123,35 @@ def test_each_layer_of_a_scanned_stack_drops_by_itself():
     assert set(np.unique(y)) <= set(range(0, 17, 2))  # of eight ones those that are left, doubled
     for n, other in ((0, 1), (1, 2), (0, 2)):
         assert 0.1 < float(jnp.mean(y[n] == y[other])) < 0.35  # as of independent draws: 0.196
+    assert set(np.unique(jlora.lift(f)(jlora.combine(params, lora), jnp.ones((2, 8))))) == {8.0}
+
+
+def test_the_least_and_the_largest_rank():
+    params = weights()
+    _, lora = jlora.lorafy(params, 1)
+    assert {entry["kernel"].lora_a.shape[-1] for entry in lora.values()} == {1}
+    frozen, lora = jlora.lorafy(params, config=jlora.LoraConfig(r=6, init_lora_weights="pissa", target_modules="down"))
+    assert float(jnp.abs(frozen["down"]["kernel"]).max()) < 1e-5  # the whole weight is in the factors
+    np.testing.assert_allclose(jlora.merge(frozen, lora)["down"]["kernel"], params["down"]["kernel"], atol=1e-5)
+    with pytest.raises(ValueError, match="needs at most 6"):
+        jlora.lorafy(params, config=jlora.LoraConfig(r=7, init_lora_weights="pissa", target_modules="down"))
+
+
+def test_a_quantised_weight_takes_an_init_that_leaves_it_as_it_is():
+    params = jlora.quantise(weights(), "int8")
+    frozen, _ = jlora.lorafy(params, 2)
+    assert frozen["up"]["kernel"] is params["up"]["kernel"]
+    with pytest.raises(ValueError, match="changes the base"):
+        jlora.lorafy(params, config=jlora.LoraConfig(r=2, init_lora_weights="pissa"))
+
+
+def test_biases_are_trained_where_the_config_says_so():
+    params = {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    for bias, trained in (("none", {"kernel"}), ("all", {"kernel", "bias"})):
+        _, lora = jlora.lorafy(params, config=jlora.LoraConfig(r=1, bias=bias))
+        assert {name for name, entry in lora["layer"].items() if entry is not None} == trained
+    with pytest.raises(ValueError, match="'some' is not known"):
+        jlora.lorafy(params, config=jlora.LoraConfig(r=1, bias="some"))
 
 
 def test_dropout_needs_a_key_and_a_probability():
