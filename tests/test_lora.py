@@ -12,6 +12,7 @@ import pytest
 
 import jlora
 from jlora.leaves import MaterialisedWarning
+from jlora.lora import MergedAsFloats, Together, on_plain_base
 
 X = jax.random.normal(jax.random.key(9), (5, 12))
 
@@ -143,6 +144,29 @@ def test_a_quantised_weight_takes_an_init_that_leaves_it_as_it_is():
     assert frozen["up"]["kernel"] is params["up"]["kernel"]
     with pytest.raises(ValueError, match="changes the base"):
         jlora.lorafy(params, config=jlora.LoraConfig(r=2, init_lora_weights="pissa"))
+    frozen, lora = jlora.lorafy(params, 2)
+    with pytest.warns(MergedAsFloats, match="2 weights of the base"):
+        assert jlora.merge(frozen, lora)["up"]["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_the_base_on_the_base_as_it_was(init):
+    params = {"w": jax.random.normal(jax.random.key(1), (3, 8, 5))}
+    config = jlora.LoraConfig(r=2, init_lora_weights=init)
+    frozen, start = jlora.lorafy(params, config=config, layouts={"w": "sio"})
+    lora = moved(start)
+    want = jlora.merge(frozen, lora)["w"]
+    np.testing.assert_allclose(jlora.merge(params, on_plain_base(lora, start))["w"], want, atol=1e-5)
+
+
+def test_adapters_together_drop_each_by_itself():
+    params = {"w": jnp.zeros((8, 2))}
+    one = {"w": jlora.LoraFactors(jnp.ones((8, 1)), jnp.ones((1, 2)), 1.0)}
+    f = jlora.lift(lambda p: jnp.ones((200, 8)) @ p["w"])
+    both = Together((one, one))
+    assert set(np.unique(f(jlora.combine(params, both)))) == {16.0}
+    y = f(jlora.combine(params, both, dropout=0.5, key=jax.random.key(0)))[:, 0]
+    assert len(set(np.unique(y % 4))) == 2  # of one mask for both every sum would be a multiple of four
 
 
 def test_biases_are_trained_where_the_config_says_so():
