@@ -1,11 +1,15 @@
 """`lift`: the same results as on materialised weights, without materialising."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jlora import LoraLeaf, lift
+from jlora.leaves import ImplicitLeaf, MaterialisedWarning
 
 L, D, R = 3, 8, 2
 
@@ -51,3 +55,59 @@ def test_a_model_with_everything_in_it(jitted):
     outs = (jax.jit(lifted) if jitted else lifted)(stack, table, ids)
     for out, want in zip(outs, model(stack.materialise(), table.materialise(), ids), strict=True):
         np.testing.assert_allclose(out, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_what_the_function_is_given():
+    seen = []
+
+    def f(w, *rest):
+        seen.append([isinstance(value, jax.core.Tracer) for value in (w, *rest)])
+        return jnp.ones((1, 11)) @ w
+
+    table = leaves()[1]
+    rest = (jnp.ones(2), np.ones(2), np.float32(1), 2, "text", None)
+    lift(f)(table, *rest)
+    lift(f)(table.materialise(), *rest)  # no leaf: called as it is
+    assert seen == [[True] * 4 + [False] * 3, [False] * 7]
+    assert lift(lambda text: text + "b")("a") == "ab"
+
+
+def test_both_operands_are_one_variable():
+    stack, _ = leaves()
+    w = LoraLeaf(stack.w[0], stack.lora_a[0], stack.lora_b[0], path="w")
+    with pytest.warns(MaterialisedWarning, match="dot_general"):
+        got = lift(lambda w: jax.lax.dot(w, w))(w)  # jnp.matmul would call a function with a variable for each
+    want = w.materialise() @ w.materialise()
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_specs_of_a_leafs_parts():
+    stack, table = leaves()
+    stack = dataclasses.replace(stack, key=jax.random.split(jax.random.key(0), L), key_axes=(0,))
+    specs = stack.shard_specs(P("s", "x"))
+    assert (specs.w, specs.lora_a, specs.lora_b) == (P("s", "x"), P("s", "x", None), P("s", None, None))
+    assert specs.key == P("s")
+    specs = table.shard_specs(P(None, "y"))
+    assert (specs.lora_a, specs.lora_b, specs.key) == (P(None, None), P(None, "y"), None)
+    assert ImplicitLeaf().shard_specs(P()) is None and dataclasses.replace(stack, w=Bare()).shard_specs(P()) is None
+
+
+class Bare(ImplicitLeaf):
+    """A stack of ones that knows no more than it must."""
+
+    shape, dtype, path = (L, D, D), jnp.float32, ""
+
+    def materialise(self):
+        return jnp.ones(self.shape)
+
+
+def test_a_leaf_that_knows_no_more_than_it_must():
+    for ask in (lambda: ImplicitLeaf().shape, lambda: ImplicitLeaf().dtype, ImplicitLeaf().materialise):
+        with pytest.raises(NotImplementedError):
+            ask()
+    assert Bare().ndim == 3
+    stack = dataclasses.replace(leaves()[0], w=Bare())
+    for leaf, want in ((Bare(), jnp.ones((D, D))), (stack, stack.materialise()[1])):
+        stacked, rebuild = leaf.unstack()
+        one = rebuild(jax.tree.map(lambda x: x[1], stacked))
+        np.testing.assert_allclose(one if leaf is not stack else one.materialise(), want, atol=1e-5)

@@ -127,6 +127,14 @@ def test_each_layer_of_a_scanned_stack_drops_by_itself():
     assert set(np.unique(jlora.lift(f)(jlora.combine(params, lora), jnp.ones((2, 8))))) == {8.0}
 
 
+def test_every_leaf_is_drawn_by_itself():
+    drawn_for = lambda names: jlora.lorafy({n: jnp.zeros((4, 4)) for n in names}, 2, targets=lambda path, leaf: True)[1]
+    lora, more = drawn_for("abcdef"), drawn_for("abcdefg")
+    drawn = {np.asarray(entry.lora_a).tobytes() for entry in lora.values()}
+    assert len(drawn) == 6
+    np.testing.assert_array_equal(more["a"].lora_a, lora["a"].lora_a)  # another target changes no other leaf
+
+
 def test_the_least_and_the_largest_rank():
     params = weights()
     _, lora = jlora.lorafy(params, 1)
