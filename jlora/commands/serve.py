@@ -16,6 +16,10 @@ from jlora.commands.settings import say
 from jlora.io import load
 from jlora.io.pypi import cache_folder
 
+KEEP_ALIVE = 30
+"""Seconds an idle connection stays open: more than clients keep theirs (httpx, and so the openai client, 5), or now and
+then one would be closed just as its client asks again."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
@@ -103,6 +107,7 @@ def serve_command(config: ServeConfig) -> None:
         access_log=False,
         server_header=False,
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=config.drain,
     )
 

@@ -6,6 +6,11 @@ import importlib.util
 import signal
 from pathlib import Path
 
+import httpx
+import uvicorn
+
+from jlora.cli import main
+
 PATH = Path(__file__).parents[2] / "experiments" / "serving" / "load.py"
 
 
@@ -32,3 +37,11 @@ def test_clients_that_do_everything_at_once_get_right_answers(place):
     assert report["wrong"] == [] and report["left in the server"] == {"running": 0, "waiting": 0}
     assert {"greedy answer", "greedy stream", "broken off", "loaded", "unloaded"} <= set(report["done"])
     assert report["exit"] in (-signal.SIGTERM, 128 + signal.SIGTERM, 0)
+
+
+def test_an_idle_connection_outlives_what_its_client_keeps_of_it(place, monkeypatch):
+    base, folder = place
+    told = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **how: told.update(how))
+    main(["serve", "--model", base.source, "--adapters", str(folder), "--slots", "1"])
+    assert told["timeout_keep_alive"] > 2 * httpx.Limits().keepalive_expiry
