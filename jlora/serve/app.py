@@ -84,7 +84,12 @@ class Server:
                 status = message.get("status", status)
                 await send(message)
 
-            if allowed(HTTPRequest(scope).headers, scope["path"], self.digest):
+            headers = HTTPRequest(scope).headers
+            if "content-length" in headers and "transfer-encoding" in headers:
+                # two lengths: what a proxy before this takes for one request may be two (RFC 9112, 6.1)
+                both = BadRequest("content-length and transfer-encoding exclude each other")
+                await refused(HTTPRequest(scope), both, close=True)(scope, receive, counted)
+            elif allowed(headers, scope["path"], self.digest):
                 await inner(scope, receive, counted)
             else:
                 said = error_json("the API key is missing or wrong", "authentication_error", code="invalid_api_key")
@@ -286,12 +291,12 @@ async def gone(receive: Any, events: asyncio.Queue[Event]) -> None:
     events.put_nowait(GONE)
 
 
-def refused(http: HTTPRequest, error: Exception) -> Response:
+def refused(http: HTTPRequest, error: Exception, close: bool = False) -> Response:
     assert isinstance(error, BadRequest)
     kind = "invalid_request_error" if error.status < 500 and error.status != 408 else "server_error"
     # what is left of a body that was not read must not be taken for the next request
-    close = {"Connection": "close"} if error.status in (408, 413, 415) else {}
-    return JSONResponse(error_json(str(error), kind, error.param, error.code), error.status, close)
+    headers = {"Connection": "close"} if close or error.status in (408, 413, 415) else {}
+    return JSONResponse(error_json(str(error), kind, error.param, error.code), error.status, headers)
 
 
 def not_there(http: HTTPRequest, error: Exception) -> Response:

