@@ -52,12 +52,13 @@ def combined_holds(results: Everything) -> str:
 
 
 def which_holds(results: Everything) -> str:
-    """Two or four weights at a lower rank above the best single one."""
+    """q and v at a lower rank above the best single weight, and all four too."""
     found = {case: of(results["which"], f"{case[0]} r={case[1]}") for case in which.BUDGET}
     if not all(found.values()):
         return "open"
-    best = lambda single: max(mean(v)[0] for (w, _), v in found.items() if (len(w) == 1) == single)
-    return "agrees" if best(False) >= best(True) else "does not agree"
+    single = max(mean(scores)[0] for (weights, _), scores in found.items() if len(weights) == 1)
+    both = [mean(scores)[0] > single for (weights, _), scores in found.items() if weights in ("qv", "qkvo")]
+    return "agrees" if all(both) else "in part" if any(both) else "does not agree"
 
 
 def rank_holds(results: Everything) -> str:
