@@ -46,7 +46,9 @@ def main() -> None:
     if given.families or every:
         asked += [f"{mesh}/0/{family}/lora" for mesh in TWO for family in ("gpt2", "gemma")]
     if given.methods or every:
-        asked += [f"{mesh}/0/llama/{method}" for mesh in TWO for method in (*METHODS, "qlora") if method != "lora"]
+        others = [method for method in (*METHODS, "qlora") if method != "lora"]
+        of = lambda method: "gpt2" if method == "bitfit" else "llama"  # which has no biases
+        asked += [f"{mesh}/0/{of(method)}/{method}" for mesh in TWO for method in others]
     if given.encoders or every:
         asked += [f"{mesh}/0/{family}/labels" for mesh in TWO for family in ("bert", "deberta")]
         asked += [f"{mesh}/0/llama/{loss}" for mesh in TWO for loss in ("dpo", "orpo")]
