@@ -6,7 +6,6 @@ the base's, rows of q and k are reordered for architecture "llama" (its rotary h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jlora.io.gguf import gguf_name
-from jlora.io.peft import module_of, modules, naming
+from jlora.io.peft import beside, module_of, modules, naming
 from jlora.lora import LoraFactors
 from jlora.models.llama import LlamaConfig
 from jlora.models.tensors import HFTensor
@@ -37,33 +36,25 @@ def save_gguf_adapter(path: str | Path, lora: Any, config: LlamaConfig, tensors:
     if len(alphas) != 1:
         raise ValueError(f"a GGUF adapter has one alpha for all tensors; here are {sorted(alphas)}")
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(beside, config.model_type if config.model_type != "mistral" else "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(alphas.pop()))
-    writer.add_string("general.name", f"LoRA adapter for {base}")
-    for entry, tensor in pairs:
-        a, b = (np.asarray(x if tensor.layer is None else x[tensor.layer]) for x in (entry.lora_a, entry.lora_b))
-        name = gguf_name(tensor.name)
-        a, b = a.T.astype(np.float32), b.T.astype(np.float32)
-        if config.model_type in ("llama", "mistral") and name.endswith(("attn_q.weight", "attn_k.weight")):
-            half = config.head_dim // 2
-            b = b.reshape(-1, 2, half, b.shape[-1]).swapaxes(1, 2).reshape(b.shape)
-        if module_of(tensor).endswith("embed_tokens"):  # llama.cpp looks rows up: A is kept by tokens
-            a = a.T
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
-    try:
-        with naming(path):
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    with beside(path) as (part,), naming(path):
+        writer = gguf.GGUFWriter(part, config.model_type if config.model_type != "mistral" else "llama")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(alphas.pop()))
+        writer.add_string("general.name", f"LoRA adapter for {base}")
+        for entry, tensor in pairs:
+            a, b = (np.asarray(x if tensor.layer is None else x[tensor.layer]) for x in (entry.lora_a, entry.lora_b))
+            name = gguf_name(tensor.name)
+            a, b = a.T.astype(np.float32), b.T.astype(np.float32)
+            if config.model_type in ("llama", "mistral") and name.endswith(("attn_q.weight", "attn_k.weight")):
+                half = config.head_dim // 2
+                b = b.reshape(-1, 2, half, b.shape[-1]).swapaxes(1, 2).reshape(b.shape)
+            if module_of(tensor).endswith("embed_tokens"):  # llama.cpp looks rows up: A is kept by tokens
+                a = a.T
+            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
+            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return path

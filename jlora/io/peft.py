@@ -195,18 +195,27 @@ def put(path: Path, data: bytes) -> None:
 
 def put_all(files: Mapping[Path, bytes]) -> None:
     """Write all beside and onto the disk, then rename all, in order: a full disk leaves what was there as it was."""
-    beside = {path: path.with_name(path.name + ".part") for path in files}
-    try:
-        for path, data in files.items():
+    with beside(*files) as parts:
+        for (path, data), part in zip(files.items(), parts, strict=True):
             with naming(path):
-                beside[path].write_bytes(data)
-                with beside[path].open("rb") as file:
-                    os.fsync(file.fileno())
-        for path, part in beside.items():
+                part.write_bytes(data)
+
+
+@contextmanager
+def beside(*paths: Path) -> Iterator[list[Path]]:
+    """A place beside each of `paths` to write to. After the block they go onto the disk, then all are renamed, in
+    order; a write that fails leaves none of them, and what was there as it was."""
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    try:
+        yield parts
+        for path, part in zip(paths, parts, strict=True):
+            with naming(path), part.open("rb") as file:
+                os.fsync(file.fileno())
+        for path, part in zip(paths, parts, strict=True):
             with naming(path):
                 part.replace(path)
     except OSError:
-        for part in beside.values():
+        for part in parts:
             part.unlink(missing_ok=True)
         raise
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jlora.models.causal import tied_head
 from jlora.models.tensors import HFTensor
 
 HEADS = ("none", "pooled", "classify", "regress", "mlm")
@@ -66,7 +67,7 @@ class MaskedLM(nn.Module):
         x = gelu(nn.Dense(c.hidden_size, name="dense", **kinds)(hidden))
         x = nn.LayerNorm(epsilon=c.layer_norm_eps, name="layer_norm", **kinds)(x)
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), self.param_dtype)
-        return embeddings.attend(x).astype(jnp.float32) + bias
+        return tied_head(embeddings, x) + bias
 
 
 def head_tensors(head: str, model_type: str) -> list[HFTensor]:

@@ -84,11 +84,12 @@ class Server:
                 status = message.get("status", status)
                 await send(message)
 
-            headers = HTTPRequest(scope).headers
+            http = HTTPRequest(scope)
+            headers = http.headers
             if "content-length" in headers and "transfer-encoding" in headers:
                 # two lengths: what a proxy before this takes for one request may be two (RFC 9112, 6.1)
                 both = BadRequest("content-length and transfer-encoding exclude each other")
-                await refused(HTTPRequest(scope), both, close=True)(scope, receive, counted)
+                await refused(http, both, close=True)(scope, receive, counted)
             elif allowed(headers, scope["path"], self.digest):
                 await inner(scope, receive, counted)
             else:
