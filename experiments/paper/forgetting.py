@@ -52,7 +52,7 @@ def general(count: int) -> list[Row]:
 def work_of(config: Config) -> Work:
     train, held = split_rows(read_rows(f"pip:{TRAIN}"), config.held, 0)
     other = split_rows(read_rows(f"pip:{OTHER}"), config.held, 0)[1]
-    settings = TrainConfig(config.model, TRAIN, batch=8, max_length=96, buckets=2, **PAPER_TARGETS[DECODER])
+    settings = TrainConfig(config.model, TRAIN, batch=8, max_length=96, **PAPER_TARGETS[DECODER])
     tests = {"seen": train[: config.held], "held out": held, "other": other, "general": general(config.held)}
     return Work(settings, train[: config.rows], tests)
 

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 from experiments.paper.cells import Cell, Experiment, Results
-from experiments.paper.chosen import of, tuned
+from experiments.paper.chosen import of, stages, tuned
 from experiments.paper.tables import Shown, Table, cell, mean
 from experiments.paper.ways import rates_of, way
 from experiments.paper.works import ENCODER, GLUE, glue
@@ -47,8 +47,9 @@ def cells(config: Config) -> list[Cell]:
 
     return [
         one
+        for methods in stages(config.methods)
         for task, steps in config.tasks
-        for method in config.methods
+        for method in methods
         for one in tuned(
             f"{task}/{method}", rates_of(method), config.seeds, functools.partial(fit, task, steps, method)
         )

@@ -59,7 +59,6 @@ def cells(config: Config) -> list[Cell]:
             "pairs",
             batch=4,
             max_length=96,
-            buckets=2,
             loss="dpo",
             beta=config.beta,
             **PAPER_TARGETS[DECODER],

@@ -66,9 +66,7 @@ def glue(task: str, *, batch: int = 16, limit: int = 10_000, split: int = 500) -
     train = glue_rows(task, "train")
     train, held = split_rows(train, min(split, len(train) // 5), 0)
     labels = "numbers" if GLUE[task].metric == "pearson" else "classes"
-    config = TrainConfig(
-        ENCODER, task, batch=batch, max_length=GLUE[task].length, buckets=2, labels=labels, remat="none"
-    )
+    config = TrainConfig(ENCODER, task, batch=batch, max_length=GLUE[task].length, labels=labels, remat="none")
     return Work(config, train[:limit], {"split": held, "dev": glue_rows(task, "dev")})
 
 
@@ -77,7 +75,7 @@ def snippets(train: str, tests: Sequence[str] = (), *, batch: int = 8, held: int
     sets = {}
     for domain in dict.fromkeys([train, *tests]):
         sets[domain] = split_rows(read_rows(f"pip:{domain}"), held, 0)
-    config = TrainConfig(DECODER, train, batch=batch, max_length=length, buckets=2, **PAPER_TARGETS[DECODER])
+    config = TrainConfig(DECODER, train, batch=batch, max_length=length, **PAPER_TARGETS[DECODER])
     return Work(config, sets[train][0], {domain: pair[1] for domain, pair in sets.items()})
 
 

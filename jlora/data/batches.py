@@ -13,10 +13,24 @@ Batch = dict[str, np.ndarray]
 
 
 def bucket_lengths(examples: Sequence[Example], count: int = 4, multiple: int = 8) -> list[int]:
-    """At most `count` padded lengths, multiples of `multiple`, at even quantiles of the examples' lengths."""
-    lengths = np.sort([len(example.tokens) for example in examples])
-    cuts = [lengths[-(-len(lengths) * n // count) - 1] for n in range(1, count + 1)]
-    return sorted({-(-int(cut) // multiple) * multiple for cut in cuts})
+    """At most `count` padded lengths, multiples of `multiple`: those that pad the examples to the fewest tokens."""
+    rounded = [-(-len(example.tokens) // multiple) * multiple for example in examples]
+    lengths, counts = np.unique(rounded, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    together = below[1:] - below[:-1, None]
+    # padded[i, j]: tokens of the examples from the ith to the jth length, all padded to the jth
+    padded = np.where(together > 0, together * lengths, np.inf)
+    # least[j]: tokens of those of the shortest j lengths; starts[-1][j]: the length where the last bucket of them begins
+    least, starts = np.array([0.0] + [np.inf] * len(lengths)), []
+    for _ in range(count):
+        both = least[:-1, None] + padded
+        starts.append(np.append(0, both.argmin(axis=0)))
+        least = np.append(0.0, both.min(axis=0))
+    found, end = [], len(lengths)
+    while end:
+        found.append(int(lengths[end - 1]))
+        end = int(starts.pop()[end])
+    return found[::-1]
 
 
 def label_count(example: Example) -> int:

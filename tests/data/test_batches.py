@@ -1,5 +1,7 @@
 """Tokens and batches: what carries the loss, which shapes occur, and that the order can be resumed."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,19 @@ def test_an_epoch_has_every_example_once_in_few_shapes():
     other = BatchSource(examples, 8, lengths, seed=6, steps=1000)
     same = lambda a, b: all(np.array_equal(a[n]["tokens"], b[n]["tokens"]) for n in (0, 7, 40))
     assert same(source, again) and not same(source, other)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_bucket_lengths_pad_to_the_fewest_tokens(count):
+    sizes = np.random.default_rng(count).choice([3, 9, 20, 31, 50, 90], 40, p=[0.4, 0.2, 0.2, 0.1, 0.05, 0.05])
+    found = bucket_lengths(make(sizes), count)
+    every = sorted({-(-int(n) // 8) * 8 for n in sizes})
+    tokens = lambda lengths: sum(min(n for n in lengths if n >= size) for size in sizes)
+    chosen = [
+        lengths for k in range(1, count + 1) for lengths in itertools.combinations(every, k) if lengths[-1] == every[-1]
+    ]
+    assert len(found) <= count and found == sorted(found)
+    assert tokens(found) == min(map(tokens, chosen))
 
 
 def test_position_is_restored():
