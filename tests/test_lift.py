@@ -89,6 +89,10 @@ def test_specs_of_a_leafs_parts():
     assert specs.key == P("s")
     specs = table.shard_specs(P(None, "y"))
     assert (specs.lora_a, specs.lora_b, specs.key) == (P(None, None), P(None, "y"), None)
+    specs = stack.shard_specs(P("s", None, "y"))
+    assert (specs.lora_a, specs.lora_b) == (P("s", None, None), P("s", None, "y"))
+    specs = stack.shard_specs(P(None, "x"))  # shorter than the weight has axes
+    assert (specs.lora_a, specs.lora_b) == (P(None, "x", None), P(None, None, None))
     assert ImplicitLeaf().shard_specs(P()) is None and dataclasses.replace(stack, w=Bare()).shard_specs(P()) is None
 
 

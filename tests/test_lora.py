@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.leaves import MaterialisedWarning
@@ -272,12 +271,3 @@ def test_rank_and_alpha_by_pattern():
     lora = jlora.lorafy(weights(), 2, alpha=4, rank_pattern={"down": 5}, alpha_pattern={"^up": 1})[1]
     assert lora["down"]["kernel"].lora_a.shape == (20, 5) and lora["down"]["kernel"].scaling == 0.8
     assert lora["up"]["kernel"].lora_a.shape == (12, 2) and lora["up"]["kernel"].scaling == 0.5
-
-
-def test_specs_of_the_factors_follow_those_of_the_weight():
-    entry = jlora.LoraFactors(jnp.ones((3, 8, 2)), jnp.ones((3, 2, 5)), 1.0, "sio")
-    leaf = entry.attach(jnp.zeros((3, 8, 5)), "w")
-    split = leaf.shard_specs(P(None, "fsdp"))  # shorter than the weight has axes
-    assert tuple(split.lora_a) == (None, "fsdp", None) and tuple(split.lora_b) == (None, None, None)
-    split = leaf.shard_specs(P("expert", None, "tensor"))
-    assert tuple(split.lora_a) == ("expert", None, None) and tuple(split.lora_b) == ("expert", None, "tensor")

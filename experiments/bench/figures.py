@@ -19,20 +19,25 @@ def ratio(others: Sequence[float], ours: Sequence[float], draws: int = 2000) -> 
 
 def matmul_peak(size: int = 1536, tries: int = 30) -> float:
     """GFLOP/s of a float32 product of two [size, size] matrices: the fastest of `tries`."""
-    import time
-
     import jax
     import jax.numpy as jnp
 
     x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    best = float("inf")
-    for _ in range(tries):
+    return 2 * size**3 / fastest(jax.jit(lambda x: x @ x), x, tries=tries) / 1e9
+
+
+def fastest(program: Any, *inputs: Any, tries: int) -> float:
+    """Seconds of the fastest of `tries` calls, after one that compiles."""
+    import time
+
+    import jax
+
+    seconds = []
+    for _ in range(tries + 1):
         began = time.perf_counter()
-        product(x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e9
+        jax.block_until_ready(program(*inputs))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def sizes() -> tuple[dict[str, tuple[int, int]], int, tuple[int, int]]:
@@ -53,8 +58,6 @@ def step_flops(tokens: int, rank: int, targets: Sequence[str]) -> float:
 def own_products(tokens: int, tries: int = 10) -> float:
     """Seconds of the frozen products of that step by themselves, forward and towards the inputs, at their own shapes,
     each as soon as the one before: what a step without attention, adapter, loss or anything else would take."""
-    import time
-
     import jax
 
     of, layers, head = sizes()
@@ -72,11 +75,4 @@ def own_products(tokens: int, tries: int = 10) -> float:
         logits = xs[0] @ words.T
         return xs, logits @ words
 
-    program = jax.jit(run)
-    jax.block_until_ready(program(stacks, words, xs))
-    best = float("inf")
-    for _ in range(tries):
-        began = time.perf_counter()
-        jax.block_until_ready(program(stacks, words, xs))
-        best = min(best, time.perf_counter() - began)
-    return best
+    return fastest(jax.jit(run), stacks, words, xs, tries=tries)

@@ -20,7 +20,7 @@ def bucket_lengths(examples: Sequence[Example], count: int = 4, multiple: int = 
     together = below[1:] - below[:-1, None]
     # padded[i, j]: tokens of the examples from the ith to the jth length, all padded to the jth
     padded = np.where(together > 0, together * lengths, np.inf)
-    # least[j]: tokens of those of the shortest j lengths; starts[-1][j]: the length where the last bucket of them begins
+    # least[j]: tokens of those of the shortest j lengths; starts[-1][j]: where the last bucket of them begins
     least, starts = np.array([0.0] + [np.inf] * len(lengths)), []
     for _ in range(count):
         both = least[:-1, None] + padded

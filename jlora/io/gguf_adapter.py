@@ -36,24 +36,24 @@ def save_gguf_adapter(path: str | Path, lora: Any, config: LlamaConfig, tensors:
     if len(alphas) != 1:
         raise ValueError(f"a GGUF adapter has one alpha for all tensors; here are {sorted(alphas)}")
     path = Path(path)
+    writer = gguf.GGUFWriter(None, config.model_type if config.model_type != "mistral" else "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(alphas.pop()))
+    writer.add_string("general.name", f"LoRA adapter for {base}")
+    for entry, tensor in pairs:
+        a, b = (np.asarray(x if tensor.layer is None else x[tensor.layer]) for x in (entry.lora_a, entry.lora_b))
+        name = gguf_name(tensor.name)
+        a, b = a.T.astype(np.float32), b.T.astype(np.float32)
+        if config.model_type in ("llama", "mistral") and name.endswith(("attn_q.weight", "attn_k.weight")):
+            half = config.head_dim // 2
+            b = b.reshape(-1, 2, half, b.shape[-1]).swapaxes(1, 2).reshape(b.shape)
+        if module_of(tensor).endswith("embed_tokens"):  # llama.cpp looks rows up: A is kept by tokens
+            a = a.T
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
     with beside(path) as (part,), naming(path):
-        writer = gguf.GGUFWriter(part, config.model_type if config.model_type != "mistral" else "llama")
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(alphas.pop()))
-        writer.add_string("general.name", f"LoRA adapter for {base}")
-        for entry, tensor in pairs:
-            a, b = (np.asarray(x if tensor.layer is None else x[tensor.layer]) for x in (entry.lora_a, entry.lora_b))
-            name = gguf_name(tensor.name)
-            a, b = a.T.astype(np.float32), b.T.astype(np.float32)
-            if config.model_type in ("llama", "mistral") and name.endswith(("attn_q.weight", "attn_k.weight")):
-                half = config.head_dim // 2
-                b = b.reshape(-1, 2, half, b.shape[-1]).swapaxes(1, 2).reshape(b.shape)
-            if module_of(tensor).endswith("embed_tokens"):  # llama.cpp looks rows up: A is kept by tokens
-                a = a.T
-            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
-            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
-        writer.write_header_to_file()
+        writer.write_header_to_file(part)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()

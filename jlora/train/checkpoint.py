@@ -40,14 +40,13 @@ class Checkpoints:
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Start saving (asynchronously); an unfinished save leaves the previous checkpoint whole."""
         step = int(state.step)
-        with self.explained():  # that of the save before, too: it ends first
-            if step in self.manager.all_steps():
-                return
-            arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-            meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
-            self.manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-            )
+        if step in self.manager.all_steps():
+            return
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+        meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
+        both = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        with self.explained():  # the save before, too: it ends first
+            self.manager.save(step, args=both)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
