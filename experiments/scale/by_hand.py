@@ -1,12 +1,13 @@
-"""Does lifting cost anything? Llama-3-8B with LoRA written out by hand, compiled for v5e:2x4 beside the lifted model.
+"""Does lifting cost anything? Llama-3-8B with LoRA written out by hand, and by qwix, compiled beside the lifted model.
 
-    pip install "jlora[tpu]"
+    pip install "jlora[tpu]" qwix
     python experiments/scale/by_hand.py                       # ten minutes on two cores; nothing runs on a TPU
-    python experiments/scale/by_hand.py --model llama-3.2-1b --batch 8
+    python experiments/scale/by_hand.py --topology v5p:2x2x1
+    python experiments/scale/by_hand.py --model llama-3.2-1b --batch 8 --beside hand
 
-Both have the project's loss, optimiser, sharding and attention; by hand every product is `x·W + s·(x·A)·B` in plain
-jax.numpy, a scan over layers with rematerialisation. The compiler's estimated cycles and bytes are printed, and their
-ratios.
+All have the project's loss, optimiser, sharding and attention; by hand every product is `x·W + s·(x·A)·B` in plain
+jax.numpy, a scan over layers with rematerialisation; qwix's provider changes the project's own Flax model. The
+compiler's estimated cycles and bytes are printed, and their ratios.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import jlora
 from jlora import sharding
 from jlora.models.attention import Sight, attend, named
 from jlora.models.rope import rotate
 from jlora.plan import PlanConfig
 from jlora.plan.tpu import compiled
-from jlora.train import Sums, chunked_sums, make_train_step
+from jlora.train import Sums, answer_sums, chunked_sums, make_train_step
 
 
 def written_out(plan: PlanConfig, run: Any) -> Any:
@@ -79,8 +81,36 @@ def written_out(plan: PlanConfig, run: Any) -> Any:
         loss, count = (nll * weights).sum(), weights.sum()
         return Sums(loss, count, (right * weights).sum(), count, count, count)
 
-    spread = sharding.over_batch(sums, run.mesh, named(plan.attention, "tpu"))
-    return make_train_step(spread, optax.adamw(1e-4))
+    return step_of(plan, run, sums)
+
+
+def step_of(plan: PlanConfig, run: Any, sums: Any) -> Any:
+    return make_train_step(sharding.over_batch(sums, run.mesh, named(plan.attention, "tpu")), optax.adamw(1e-4))
+
+
+def by_qwix(plan: PlanConfig, run: Any) -> Any:
+    """The training step of `plan` with qwix's provider on the same model: our factors under its names."""
+    import qwix
+
+    names = sorted({path.split("/")[-3] for path in jlora.tree.paths(run.state.trained)})
+    scaling = jax.tree.leaves(run.state.trained, is_leaf=lambda x: isinstance(x, jlora.LoraFactors))[0].scaling
+    provider = qwix.LoraProvider(module_path=f".*({'|'.join(names)})", rank=plan.rank, alpha=scaling * plan.rank)
+    model = qwix.apply_lora_to_model(run.model, provider, methods=("__call__", "hidden", "head"))
+    each = answer_sums(model, plan.chunk)
+
+    def with_factors(frozen: Any, trained: Any) -> Any:
+        if not isinstance(frozen, dict):
+            return frozen
+        out = {name: with_factors(one, trained[name]) for name, one in frozen.items()}
+        for name, one in trained.items():
+            if isinstance(one, jlora.LoraFactors):
+                out |= {f"{name}_lora_a": one.lora_a, f"{name}_lora_b": one.lora_b}
+        return out
+
+    return step_of(plan, run, lambda trained, frozen, batch, key: each(with_factors(frozen, trained), batch))
+
+
+STEPS = {"hand": written_out, "qwix": by_qwix}
 
 
 def main() -> None:
@@ -89,13 +119,16 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
-    given = parser.parse_args()
-    plan = PlanConfig(**vars(given))
-    found = {"by hand": compiled(plan, written_out), "lifted": compiled(plan)}
-    for name, told in found.items():
-        print(json.dumps({"step": name, **told}), flush=True)
-    for name in ("estimated_cycles", "temporaries", "peak"):
-        print(f"{name}: lifted / by hand = {found['lifted'][name] / found['by hand'][name]:.3f}")
+    parser.add_argument("--beside", nargs="+", choices=STEPS, default=list(STEPS))
+    given = vars(parser.parse_args())
+    beside, plan = given.pop("beside"), PlanConfig(**given)
+    lifted = compiled(plan)
+    print(json.dumps({"step": "lifted", **lifted}), flush=True)
+    for step in beside:
+        other = compiled(plan, STEPS[step])
+        print(json.dumps({"step": step, **other}), flush=True)
+        for name in ("estimated_cycles", "temporaries", "peak"):
+            print(f"{name}: {step} / lifted = {other[name] / lifted[name]:.3f}", flush=True)
 
 
 if __name__ == "__main__":
