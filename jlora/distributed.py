@@ -105,3 +105,15 @@ def on_every_host(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_every_process(told: bytes) -> list[bytes]:
+    """What each process told, in their order; every process must ask."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    sizes = multihost_utils.process_allgather(np.asarray(len(told))).tolist()
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: len(told)] = np.frombuffer(told, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

@@ -28,6 +28,8 @@ def test_several_processes_give_what_one_gives(count, mesh):
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0] * count, [said[1][-2000:] for said in told]
+    for out, _ in told:
+        assert '{"whole rows": true}' in out
     lines = [line for line in told[0][0].splitlines() if line.startswith("{")]
     report = json.loads(lines[-1])
     assert (report["processes"], report["devices"]) == (count, 4)

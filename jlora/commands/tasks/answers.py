@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jlora.commands.parts import batches_of, objective
 from jlora.commands.settings import TrainConfig, say, scheme
+from jlora.commands.share import shared
 from jlora.commands.spread import Spread, spread_of
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
 from jlora.io import Pretrained
@@ -50,7 +51,7 @@ class Answers:
 
     def examples(self, rows: list[Row], base: Pretrained, name: str) -> list[Any]:
         """The rows as the model reads them; says how many were cut, which `cut` counts."""
-        found, cut = self.tokenised(rows, base)
+        found, cut = shared(rows, lambda part: self.tokenised(part, base))
         if cut:
             say(f"{name}: {cut} of {len(rows)} rows were cut to max_length = {self.config.max_length}")
         self.cut += cut
