@@ -104,7 +104,8 @@ def by_qwix(plan: PlanConfig, run: Any) -> Any:
         out = {name: with_factors(one, trained[name]) for name, one in frozen.items()}
         for name, one in trained.items():
             if isinstance(one, jlora.LoraFactors):
-                out |= {f"{name}_lora_a": one.lora_a, f"{name}_lora_b": one.lora_b}
+                factors = {"a": one.lora_a, "b": one.lora_b}  # in the weight's dtype: qwix's product would be float32
+                out |= {f"{name}_lora_{which}": x.astype(frozen[name].dtype) for which, x in factors.items()}
         return out
 
     return step_of(plan, run, lambda trained, frozen, batch, key: each(with_factors(frozen, trained), batch))
