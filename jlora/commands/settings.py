@@ -123,9 +123,11 @@ class TrainConfig(MethodConfig, Source):
     """Resume although settings of data, rates or loss differ; model and adapter must be the same all the same."""
     dry_run: bool = False
     """Show settings, trainable table, sizes and the first example; read no weights, train nothing."""
+    topology: str = ""
+    """With dry_run: compile the step for this TPU, as v5e:2x4 or v5p:1, which need not be here (libtpu must)."""
 
 
-RUN_ONLY = ("output", "mesh", "resume", "save_every", "eval_every", "samples", "dry_run", "force", "track")
+RUN_ONLY = ("output", "mesh", "resume", "save_every", "eval_every", "samples", "dry_run", "topology", "force", "track")
 RUN_ONLY += ("metrics", "metric_rows", "max_new_tokens")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
@@ -236,6 +238,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{name} = {getattr(config, name)}: it must be at least 0 and below 1")
     if config.patience and not config.eval_every:
         raise ValueError("patience counts evaluations: give eval_every, and eval_data or held_out")
+    if config.topology and not config.dry_run:
+        raise ValueError(f"topology = {config.topology!r} is what a dry run compiles for: give dry_run too")
 
 
 def save_settings(config: Any, path: Path) -> None:

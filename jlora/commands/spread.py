@@ -26,10 +26,11 @@ class Spread:
     mesh: Any = None
     layouts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     attention: str = "auto"
+    platform: str = dataclasses.field(default_factory=jax.default_backend)
 
     def sums(self, sums: Callable[..., Any]) -> Callable[..., Any]:
         """The objective, over split batches, with the attention that was asked for."""
-        attention = named(self.attention, jax.default_backend())
+        attention = named(self.attention, self.platform)
         if self.mesh is not None:
             return sharding.over_batch(sums, self.mesh, attention)
 
@@ -44,7 +45,7 @@ class Spread:
         of them."""
         if self.mesh is None:
             return jax.jit(run)
-        mesh, attention = self.mesh, named(self.attention, jax.default_backend())
+        mesh, attention = self.mesh, named(self.attention, self.platform)
         parts = sharding.over_parts(lambda *args: run(*args[:3]), mesh, attention)
 
         def whole(trained: Any, frozen: Any, batch: Any) -> Any:
@@ -77,19 +78,28 @@ class Spread:
         """A batch of the data's, split and laid out; each process puts in its own rows."""
         if self.mesh is None:
             return batch
-        mesh, many = self.mesh, np.ndim(batch["tokens"]) == 3  # a leading axis of batches to accumulate
+        return sharding.place(*self.parts(batch), self.mesh)
+
+    def shapes(self, batch: Mapping[str, Any]) -> Any:
+        """The same as shapes that are laid out, for devices that are not here."""
+        arrays, specs = self.parts(batch)
+        return sharding.place({n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()}, specs, self.mesh)
+
+    def parts(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, PartitionSpec]]:
+        """A batch of the data's, split for the mesh, and the specs."""
+        many = np.ndim(batch["tokens"]) == 3  # a leading axis of batches to accumulate
         micro = [{name: x[n] for name, x in batch.items()} for n in range(len(batch["tokens"]))] if many else [batch]
-        split = [sharding.split_batch(one, mesh) for one in micro]
+        split = [sharding.split_batch(one, self.mesh) for one in micro]
         labels = max(one["labels"].shape[1] for one in split)
         split = [
-            one if one["labels"].shape[1] == labels else sharding.split_batch(b, mesh, labels)
+            one if one["labels"].shape[1] == labels else sharding.split_batch(b, self.mesh, labels)
             for one, b in zip(split, micro, strict=True)
         ]
         specs = sharding.batch_specs(split[0])
         if not many:
-            return sharding.place(split[0], specs, mesh)
-        parts = {name: np.stack([one[name] for one in split]) for name in specs}
-        return sharding.place(parts, {name: PartitionSpec(None, *spec) for name, spec in specs.items()}, mesh)
+            return split[0], specs
+        stacked = {name: np.stack([one[name] for one in split]) for name in specs}
+        return stacked, {name: PartitionSpec(None, *spec) for name, spec in specs.items()}
 
     def own(self, rows: int) -> set[int] | None:
         """The rows of a batch that this process fills; None: all."""
@@ -111,11 +121,17 @@ def spread_of(config: TrainConfig, options: dict[str, Any]) -> tuple[Pretrained,
         if config.mesh and not config.dry_run:
             sharding.make_mesh(config.mesh)
         return load(config.model, weights=not config.dry_run, **options), Spread(attention=config.attention)
-    mesh = sharding.make_mesh(config.mesh or "fsdp=-1")
-    parts = sharding.batch_shards(mesh)
-    if config.batch % parts:
-        raise ValueError(f"batch = {config.batch} does not split into {parts} (mesh {config.mesh!r}): use a multiple")
+    mesh = mesh_for(config)
     shapes = load(config.model, weights=False, **{**options, "quantise": None})
     wanted = paths(sharding.specs(shapes.params, shapes.layouts, mesh))
     base = load(config.model, sharding=lambda path, _: NamedSharding(mesh, wanted[path]), **options)
     return base, Spread(mesh, base.layouts, config.attention)
+
+
+def mesh_for(config: TrainConfig, devices: Any = None) -> Any:
+    """The mesh of the settings over `devices`, or all there are. Raises ValueError where a batch does not split."""
+    mesh = sharding.make_mesh(config.mesh or "fsdp=-1", devices)
+    parts = sharding.batch_shards(mesh)
+    if config.batch % parts:
+        raise ValueError(f"batch = {config.batch} does not split into {parts} (mesh {config.mesh!r}): use a multiple")
+    return mesh

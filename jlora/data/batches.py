@@ -138,6 +138,11 @@ class BatchSource:
         """How many shapes of batches there are, so how often a step is compiled."""
         return sum(len(members) > 0 for members in self.members)
 
+    def longest(self) -> Batch:
+        """A batch of the longest shape."""
+        plan = self.plan(0)
+        return self[max(range(len(plan)), key=lambda step: plan[step][0])]
+
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(bucket, example numbers) of each step of an epoch: every example once."""
         held = self._epoch  # one tuple, replaced whole: grain's prefetching threads read it too

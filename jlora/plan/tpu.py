@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu lets one process in, for the devices' sake; this one opens none
 }
+NEEDED = 'compiling for a TPU needs libtpu: pip install "jlora[tpu]"'
 
 
 def available() -> bool:
@@ -45,7 +46,7 @@ def compile_for(plan: PlanConfig, timeout: float = 1800) -> dict[str, Any]:
     if not topology(plan.topology).compiler:
         raise ValueError(f"{plan.topology} is no TPU: GPUs are planned by formula")
     if not available():
-        raise ImportError('compiling for a TPU needs libtpu: pip install "jlora[tpu]"')
+        raise ImportError(NEEDED)
     done = subprocess.run(
         [sys.executable, "-m", "jlora.plan.tpu"],
         input=json.dumps(dataclasses.asdict(plan)),
@@ -70,16 +71,9 @@ def reason(text: str) -> str:
 
 def compiled(plan: PlanConfig, step: Callable[[PlanConfig, Setting], Any] | None = None) -> dict[str, Any]:
     """`compile_for` in this process, under `ENVIRONMENT`. step: makes another training step of the same arguments."""
-    import time
-
-    from jax.experimental import topologies
-
     from jlora.sharding import batch_specs, place
 
-    where = topology(plan.topology)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=where.compiler).devices[: where.devices]
-    run = setting(plan, devices)
-    began = time.monotonic()
+    run = setting(plan, devices_of(plan.topology))
     state, frozen, batch = (
         place(tree, spec, run.mesh)
         for tree, spec in (
@@ -88,7 +82,30 @@ def compiled(plan: PlanConfig, step: Callable[[PlanConfig, Setting], Any] | None
             (run.batch, batch_specs(run.batch)),
         )
     )
-    program = (run.step if step is None else step(plan, run)).lower(state, frozen, batch).compile()
+    return asked(run.step if step is None else step(plan, run), state, frozen, batch)
+
+
+def devices_of(name: str) -> list[Any]:
+    """The devices of a TPU topology as the compiler knows them; none needs to be here. Raises ValueError for a GPU,
+    ImportError without libtpu."""
+    from jax.experimental import topologies
+
+    where = topology(name)
+    if not where.compiler:
+        raise ValueError(f"{name} is no TPU: GPUs are planned by formula")
+    if not available():
+        raise ImportError(NEEDED)
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=where.compiler).devices[: where.devices]
+
+
+def asked(step: Any, *arguments: Any) -> dict[str, Any]:
+    """The figures of `compile_for`, of a jitted step and its arguments as shapes that are laid out."""
+    import time
+
+    began = time.monotonic()
+    program = step.lower(*arguments).compile()
     memory, text = program.memory_analysis(), program.as_text() or ""
     if os.environ.get("JLORA_HLO"):
         with open(os.environ["JLORA_HLO"], "w", encoding="utf-8") as file:
