@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.paper import nlg
 from experiments.paper.cells import Cell, Experiment, Results
-from experiments.paper.chosen import SEARCH, of, stages, tuned
+from experiments.paper.chosen import SEARCH, of, stages, steps_of, tuned
 from experiments.paper.fits import Work
 from experiments.paper.tables import Shown, Table, cell
 from experiments.paper.ways import way
@@ -128,7 +128,7 @@ def cells(config: Config) -> list[Cell]:
 
     def fit(name: str, steps: int, penalty: float, method: str, rate: float, seed: int, test: str) -> dict[str, Any]:
         work = works(name)
-        fitted = work.fit(way(DECODER, method), rate=rate, steps=steps, seed=seed)
+        fitted = work.fit(way(DECODER, method), rate=rate, steps=steps_of(steps, seed), seed=seed)
         if seed == SEARCH:
             return {"score": -fitted.judge(test)["loss"]}
         asked = dict(list(questions(work.rows[test]).items())[: config.prompts])
