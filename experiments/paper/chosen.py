@@ -40,8 +40,3 @@ def of(done: Results, name: str, key: str = "score") -> list[float]:
 def stages(methods: Sequence[str]) -> list[list[str]]:
     """LoRA and full fine-tuning, between which the claims decide, before the rest."""
     return [[method for method in methods if (method in ("lora", "full")) is decides] for decides in (True, False)]
-
-
-def steps_of(steps: int, seed: int) -> int:
-    """The search takes half the steps of a fit that counts."""
-    return steps // 2 if seed == SEARCH else steps

@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 from experiments.paper.cells import Cell, Experiment, Results
-from experiments.paper.chosen import of, steps_of, tuned
+from experiments.paper.chosen import of, tuned
 from experiments.paper.tables import Shown, Table, cell
 from experiments.paper.ways import way
 from experiments.paper.works import ENCODER, GLUE, glue
@@ -37,7 +37,7 @@ def cells(config: Config) -> list[Cell]:
     works = functools.lru_cache(1)(glue)
 
     def fit(task: str, steps: int, method: str, rate: float, seed: int, test: str) -> dict[str, Any]:
-        fitted = works(task).fit(way(ENCODER, method), rate=rate, steps=steps_of(steps, seed), seed=seed)
+        fitted = works(task).fit(way(ENCODER, method), rate=rate, steps=steps, seed=seed)
         return {"score": fitted.judge(test)[GLUE[task].metric], "trained": fitted.count}
 
     return [
