@@ -62,10 +62,11 @@ def cells(config: Config) -> list[Cell]:
 
 
 def averages(config: Config, done: Results) -> tuple[dict[str, float], list[str]]:
-    """({method: mean over tasks}, the tasks that every method has in full)."""
-    full = [t for t, _ in config.tasks if all(len(of(done, f"{t}/{m}")) == config.seeds for m in config.methods)]
-    middle = lambda method: sum(mean(of(done, f"{task}/{method}"))[0] for task in full) / len(full)
-    return {method: middle(method) for method in config.methods if full}, full
+    """({method: mean over tasks, of the methods that have them all}, the tasks that LoRA and full have in full)."""
+    whole = lambda task, method: len(of(done, f"{task}/{method}")) == config.seeds
+    tasks = [task for task, _ in config.tasks if whole(task, "lora") and whole(task, "full")]
+    middle = lambda method: sum(mean(of(done, f"{task}/{method}"))[0] for task in tasks) / len(tasks)
+    return {m: middle(m) for m in config.methods if tasks and all(whole(t, m) for t in tasks)}, tasks
 
 
 def show(config: Config, done: Results) -> Shown:
@@ -74,12 +75,12 @@ def show(config: Config, done: Results) -> Shown:
     for method in config.methods:
         sizes = [int(n) for task in tasks for n in of(done, f"{task}/{method}", "trained")]
         found = [cell(of(done, f"{task}/{method}")) for task in tasks]
-        middle = f"{100 * average[method]:.1f}" if average else ""
+        middle = f"{100 * average[method]:.1f}" if method in average else ""
         rows.append([NAMES[method], f"{max(sizes):,}" if sizes else "", *found, middle])
     note = (
         "Dev figures x 100, mean ± half the 95 % interval over seeds (how many): Matthews for CoLA, Pearson for STS-B, "
-        f"else accuracy. Average: of {', '.join(full) or 'no task yet'}, which every method has in full. QNLI has no "
-        "train set here: halves of its dev. Empty: not run yet."
+        f"else accuracy. Average: of {', '.join(full) or 'no task yet'}, which LoRA and full have in full. QNLI has "
+        "no train set here: halves of its dev. Empty: not run yet."
     )
     return Shown([Table(["method", "trained", *tasks, "average"], rows, note)])
 
