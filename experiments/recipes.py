@@ -6,10 +6,10 @@
     python -m experiments.recipes judge gpt2-medium/e2e --adapter run/adapter --data test.jsonl
 
 None of them has been run here: the weights are not to be had. The tests hold their counts of trained parameters
-against the paper's on configs of the real sizes. Settings and figures (dev; test for text) are the paper's and its
-released scripts': batches are a GPU's, of the eight that those scripts ask for. MRPC, RTE and STS-B start afresh; the
-paper starts them from MNLI's adapter, whose head has another number of classes, which `jlora train --adapter` does not
-exchange.
+against the paper's on configs of the real sizes, and compile a step of each model for the chips it is meant for.
+Settings and figures (dev; test for text) are the paper's and its released scripts': batches are a GPU's, of the eight
+that those scripts ask for. MRPC, RTE and STS-B start afresh; the paper starts them from MNLI's adapter, whose head has
+another number of classes, which `jlora train --adapter` does not exchange.
 """
 
 from __future__ import annotations
@@ -31,20 +31,29 @@ ROWS |= {"RTE": 2_490, "STS-B": 5_749}
 """GLUE's training rows."""
 HUB = {"MNLI": "mnli", "SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "QQP": "qqp", "RTE": "rte"}
 HUB |= {"STS-B": "stsb"}
-HEAD = "# jlora train --config {file} --output runs/{name}\n# then: {judge}\n# on a TPU VM: TYPE={chips} experiments/cloud/vm.sh with {file} in train.yaml's place\n"  # noqa: E501
+HEAD = """# jlora train --config {file} --output runs/{name}
+# then: {judge}
+# on a TPU VM: TYPE={chips} experiments/cloud/vm.sh with {file} in train.yaml's place
+# compiled for it before, with no TPU and no weights: jlora train --config {file} --dry-run --topology {topology}
+"""
+TOPOLOGIES = {"v5litepod-8": "v5e:2x4", "v5litepod-4": "v5e:2x2", "v5litepod-1": "v5e:1"}
 GLUE_EVAL = "jlora eval --model {model} --adapter runs/{name}/adapter --data {data} --split {split}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Settings; the paper's figure; how many parameters train, the head's left out; the chips it is meant for."""
+    """Settings; the paper's figure; how many parameters train, the head's left out."""
 
     settings: dict[str, Any]
     expected: str
     trained: int
     judge: str
-    chips: str = "v5litepod-8"
     note: str = ""
+
+    @property
+    def chips(self) -> str:
+        """The most chips of a host that a batch splits into."""
+        return next(name for name in TOPOLOGIES if self.config.batch % int(name.rpartition("-")[2]) == 0)
 
     @property
     def config(self) -> TrainConfig:
@@ -149,7 +158,9 @@ def text(name: str) -> str:
     """The recipe as a settings file with its commands on top."""
     recipe = RECIPES[name]
     flat = name.replace("/", "-")
-    top = HEAD.format(file=f"{flat}.yaml", name=flat, judge=recipe.judge, chips=recipe.chips)
+    top = HEAD.format(
+        file=f"{flat}.yaml", name=flat, judge=recipe.judge, chips=recipe.chips, topology=TOPOLOGIES[recipe.chips]
+    )
     top += f"# the paper: {recipe.expected}; trained parameters without a head: {recipe.trained:,}\n"
     top += f"# {recipe.note}\n" if recipe.note else ""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.settings.items()}

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from experiments.counts import CONFIGS
-from experiments.recipes import RECIPES, text, write_rows
+from experiments.recipes import RECIPES, TOPOLOGIES, text, write_rows
 from jlora.commands.settings import TrainConfig, check, read_settings
 from jlora.commands.train import train
 from jlora.plan.known import MODELS
@@ -22,7 +22,7 @@ TASKS |= {"gpt2-large/dart": 0, "llama-3-8b/alpaca": 0}
 
 def folder_of(model, place):
     """config.json of the real size, and a tokenizer of a few words; no weights."""
-    place.mkdir()
+    place.mkdir(parents=True)
     hub = MODELS[model] if model in MODELS else dataclasses.asdict(CONFIGS[REAL[model]])
     hub = {name: value for name, value in hub.items() if name != "num_labels"}
     if model == "deberta-xxl":  # as the Hub's file has them
@@ -53,19 +53,36 @@ def head_of(model, outputs):
     return dense + outputs * (d + 1)
 
 
+def dry(name, place, **more):
+    model, data = folder_of(name.split("/")[0], place / "model"), rows_of(name, place / "rows.jsonl")
+    given = {"model": str(model), "data": str(data), "held_out": 0, "steps": 10, "dry_run": True, **more}
+    return train(dataclasses.replace(RECIPES[name].config, **given))
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_dry_run_of_the_real_size(name, tmp_path):
-    model, recipe = name.split("/")[0], RECIPES[name]
-    config = dataclasses.replace(
-        recipe.config,
-        model=str(folder_of(model, tmp_path / "model")),
-        data=str(rows_of(name, tmp_path / "rows.jsonl")),
-        held_out=0,
-        steps=10,
-        dry_run=True,
-    )
-    found = train(config)
-    assert found["dry_run"] and found["trained_parameters"] - head_of(model, TASKS[name]) == recipe.trained
+    found, recipe = dry(name, tmp_path), RECIPES[name]
+    assert found["dry_run"]
+    assert found["trained_parameters"] - head_of(name.split("/")[0], TASKS[name]) == recipe.trained
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_its_step_is_compiled_for_its_chips(name, tmp_path):
+    pytest.importorskip("libtpu", reason='pip install "jlora[tpu]" brings the compiler')
+    topology = TOPOLOGIES[RECIPES[name].chips]
+    found = dry(name, tmp_path, topology=topology)
+    chips, held, told = int(RECIPES[name].chips.rpartition("-")[2]), found["bytes"], found["compiled"]
+    # the base split over the chips, factors and their state as the rules say, between whole and split
+    whole = held["trained"] + held["optimiser"]
+    assert held["frozen"] / chips <= told["arguments"] * 1.02 <= (held["frozen"] / chips + whole) * 1.1
+    assert told["estimated_cycles"] > 0 and (chips == 1 or told["collectives"]["all-reduce"] > 0)
+
+
+def test_a_gpu_is_not_compiled_for(tmp_path):
+    with pytest.raises(ValueError, match="h100:8 is no TPU"):
+        dry("gpt2-medium/e2e", tmp_path, topology="h100:8")
+    with pytest.raises(ValueError, match="give dry_run too"):
+        dry("gpt2-medium/e2e", tmp_path / "again", topology="v5e:2x4", dry_run=False)
 
 
 @pytest.mark.parametrize("name", RECIPES)
