@@ -14,7 +14,9 @@ from jlora.commands.spread import Spread, mesh_for
 from jlora.commands.tasks import Answers
 from jlora.io import Pretrained
 from jlora.methods.columns import reading
-from jlora.plan.tpu import asked, devices_of, reason
+from jlora.plan.estimate import room
+from jlora.plan.known import topology
+from jlora.plan.tpu import compile_step, devices_of, reason
 from jlora.train import init_state, make_train_step
 
 
@@ -40,6 +42,8 @@ def compiled_ahead(
     batch = task.spread.shapes(task.training(examples, steps).longest())
     say(f"compiling the step for {config.topology}, {list(batch['tokens'].shape)} tokens")
     try:
-        return asked(step, state, task.spread.tree(frozen), batch)
+        found = compile_step(step, state, task.spread.tree(frozen), batch)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"the compiler for {config.topology} refused: {reason(str(error))}") from None
+    say(f"a chip holds {found['peak'] / 1e9:.2f} GB of {room(topology(config.topology)) / 1e9:.1f}")
+    return found

@@ -26,11 +26,12 @@ class Spread:
     mesh: Any = None
     layouts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     attention: str = "auto"
-    platform: str = dataclasses.field(default_factory=jax.default_backend)
+    platform: str = ""
+    """What the attention fits; "": the devices that are here."""
 
     def sums(self, sums: Callable[..., Any]) -> Callable[..., Any]:
         """The objective, over split batches, with the attention that was asked for."""
-        attention = named(self.attention, self.platform)
+        attention = named(self.attention, self.platform or jax.default_backend())
         if self.mesh is not None:
             return sharding.over_batch(sums, self.mesh, attention)
 
@@ -45,7 +46,7 @@ class Spread:
         of them."""
         if self.mesh is None:
             return jax.jit(run)
-        mesh, attention = self.mesh, named(self.attention, self.platform)
+        mesh, attention = self.mesh, named(self.attention, self.platform or jax.default_backend())
         parts = sharding.over_parts(lambda *args: run(*args[:3]), mesh, attention)
 
         def whole(trained: Any, frozen: Any, batch: Any) -> Any:

@@ -82,7 +82,7 @@ def compiled(plan: PlanConfig, step: Callable[[PlanConfig, Setting], Any] | None
             (run.batch, batch_specs(run.batch)),
         )
     )
-    return asked(run.step if step is None else step(plan, run), state, frozen, batch)
+    return compile_step(run.step if step is None else step(plan, run), state, frozen, batch)
 
 
 def devices_of(name: str) -> list[Any]:
@@ -100,7 +100,7 @@ def devices_of(name: str) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=where.compiler).devices[: where.devices]
 
 
-def asked(step: Any, *arguments: Any) -> dict[str, Any]:
+def compile_step(step: Any, *arguments: Any) -> dict[str, Any]:
     """The figures of `compile_for`, of a jitted step and its arguments as shapes that are laid out."""
     import time
 
