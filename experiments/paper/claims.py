@@ -93,6 +93,7 @@ CLAIMS = [
         "GPT-2 M: BLEU 70.4 against 68.2",
         f.e2e_here,
         RUN.format("e2e"),
+        h.e2e_holds,
     ),
     Claim("DART and WebNLG likewise", "GPT-2 M: 47.1 and 55.3", f.sets_here, RUN.format("e2e")),
     Claim(
@@ -189,7 +190,13 @@ CLAIMS = [
         always("SmolLM2 in float32, int8, NF4 and int4 side by side: docs/quantised.md"),
         "python experiments/quantised.py",
     ),
-    Claim("DPO trains on preferences of people", "Rafailov et al.", f.dpo_here, RUN.format("preference")),
+    Claim(
+        "DPO trains on preferences of people",
+        "Rafailov et al.",
+        f.dpo_here,
+        RUN.format("preference"),
+        h.preference_holds,
+    ),
     Claim(
         "Several adapters are trained at once over one base",
         "",
