@@ -83,8 +83,8 @@ def show(config: Config, done: Results) -> Shown:
     note = (
         "Dev figures x 100, mean ± half the 95 % interval over seeds (how many): Matthews for CoLA, Pearson for STS-B, "
         f"else accuracy. Average: of {', '.join(full) or 'no task yet'}, which LoRA and full have in full (WNLI never "
-        "counts). QNLI has no train set here: halves of its dev. One or two passes over the rows, the paper's are 25 to "
-        "80; LoRA still gains when they end (MRPC's split at the same rate: 65.0 after 100 steps, 74.2 after 200). "
+        "counts). QNLI has no train set here: halves of its dev. One or two passes over the rows, the paper's are 25 "
+        "to 80; LoRA still gains when they end (MRPC's split at the same rate: 65.0 after 100 steps, 74.2 after 200). "
         "Empty: not run yet."
     )
     return Shown([Table(["method", "trained", *tasks, "average"], rows, note)])

@@ -257,6 +257,7 @@ def test_stopping_lets_answers_end_and_takes_no_more(place, monkeypatch):
 
 def test_metrics_and_health(served):
     assert served.http.get("/health").json() == {"status": "ok"}
+    assert served.post("/v1/completions", model="absent", prompt=PROMPT).status_code == 404
     text = served.http.get("/metrics").text
     for line in ("jlora_slots 3.0", "jlora_waiting 0.0", 'jlora_responses_total{route="/v1/completions",status="404"}'):
         assert line in text, line
