@@ -5,6 +5,7 @@ Axes: b batch, s sequence, t keys (the cache's length, or s), h query heads, g k
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -63,6 +64,13 @@ def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan:
     them. remat: False, True (keep nothing of a layer but its input), "dots" (keep products with weights too) or
     "offload" (keep the input in the host's memory).
     """
+    kind = lifted_block(block, layers, shared, scan, remat)
+    return kind(*fields) if scan else [kind(*fields) for _ in range(layers)]
+
+
+@functools.cache  # Flax changes the block's class while it derives one, which another thread may be tracing
+def lifted_block(block: Any, layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
+    """The class of a layer under remat, or of all of them under scan."""
     if remat:
         policies = jax.checkpoint_policies
         offload = policies.save_and_offload_only_these_names(
@@ -74,10 +82,9 @@ def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan:
         policy = {"dots": policies.dots_with_no_batch_dims_saveable, "offload": offload}.get(str(remat))
         block = nn.remat(block, prevent_cse=not scan, policy=policy)
     if not scan:
-        return [block(*fields) for _ in range(layers)]
+        return block
     axes: Any = (0, *([nn.broadcast] * shared))
-    stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=layers)
-    return stack(*fields)
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=layers)
 
 
 def through(layers: Any, x: jax.Array, kv: Any, *shared: Any) -> tuple[jax.Array, Any]:
