@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jlora.commands.parts import optimiser_of
 from jlora.commands.settings import TrainConfig, say
 from jlora.commands.spread import Spread, mesh_for
 from jlora.commands.tasks import Answers
+from jlora.data import BatchSource
 from jlora.io import Pretrained
 from jlora.methods.columns import reading
 from jlora.plan.estimate import room
@@ -24,22 +24,23 @@ def compiled_ahead(
     config: TrainConfig,
     task: Answers,
     base: Pretrained,
-    make: Callable[[Any], tuple[Any, Any]],
-    examples: list[Any],
+    frozen: Any,
+    start: Any,
+    source: BatchSource,
 ) -> dict[str, Any]:
     """What the compiler says of a step on the longest batch: bytes a chip, cycles, what crosses the wires.
+
+    frozen, start: the trees as shapes.
 
     Raises ValueError where it refuses the step, as one that does not fit, and for a GPU; ImportError without libtpu.
     """
     task.spread = Spread(mesh_for(config, devices_of(config.topology)), base.layouts, config.attention, "tpu")
-    frozen, start = jax.eval_shape(make, base.params)
-    steps = task.steps(examples)
-    tx = optimiser_of(config, steps)
+    tx = optimiser_of(config, len(source))
     state = task.spread.state(jax.eval_shape(lambda start: init_state(start, tx), start))
     sums = task.objective(dataclasses.replace(base, model=reading(base.model, frozen, start)))
     kept = task.spread.lies(state)
     step = make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate, lies=kept)
-    batch = task.spread.shapes(task.training(examples, steps).longest())
+    batch = task.spread.shapes(source.longest())
     say(f"compiling the step for {config.topology}, {list(batch['tokens'].shape)} tokens")
     try:
         found = compile_step(step, state, task.spread.tree(frozen), batch)

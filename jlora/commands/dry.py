@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 import jlora
+from jlora.commands.ahead import compiled_ahead
 from jlora.commands.parts import optimiser_of
 from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks import Answers
@@ -57,6 +58,8 @@ def describe(
     say("the first batch (the loss is taken on what stands between « and »):")
     for row in rows_of_batch(batch):
         say(f"- {shown(row, base.tokenizer, sys.stderr.isatty())}")
+    if config.topology:
+        figures["compiled"] = compiled_ahead(config, task, base, frozen, lora, source)
     return {"dry_run": True, **figures}
 
 

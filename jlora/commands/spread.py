@@ -14,7 +14,7 @@ from jlora import sharding
 from jlora.commands.settings import TrainConfig
 from jlora.distributed import keep_compiled
 from jlora.io import Pretrained, load
-from jlora.models.attention import attending, named
+from jlora.models.attention import Attention, attending, named
 from jlora.train import TrainState
 from jlora.tree import paths
 
@@ -29,9 +29,14 @@ class Spread:
     platform: str = ""
     """What the attention fits; "": the devices that are here."""
 
+    @property
+    def way(self) -> Attention:
+        """The attention that was asked for."""
+        return named(self.attention, self.platform or jax.default_backend())
+
     def sums(self, sums: Callable[..., Any]) -> Callable[..., Any]:
         """The objective, over split batches, with the attention that was asked for."""
-        attention = named(self.attention, self.platform or jax.default_backend())
+        attention = self.way
         if self.mesh is not None:
             return sharding.over_batch(sums, self.mesh, attention)
 
@@ -46,7 +51,7 @@ class Spread:
         of them."""
         if self.mesh is None:
             return jax.jit(run)
-        mesh, attention = self.mesh, named(self.attention, self.platform or jax.default_backend())
+        mesh, attention = self.mesh, self.way
         parts = sharding.over_parts(lambda *args: run(*args[:3]), mesh, attention)
 
         def whole(trained: Any, frozen: Any, batch: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 import jlora
-from jlora.commands.ahead import compiled_ahead
 from jlora.commands.data import statistics
 from jlora.commands.dry import describe
 from jlora.commands.examine import Examiner
@@ -48,9 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     examples = task.examples(train_rows, base, config.data)
     tests = task.examples(test_rows, base, config.eval_data or "held out") if test_rows else []
     if config.dry_run:
-        make = made_by(config, base, task.whole)[1]
-        told = describe(config, task, base, make, examples, tests)
-        return told | {"compiled": compiled_ahead(config, task, base, make, examples)} if config.topology else told
+        return describe(config, task, base, made_by(config, base, task.whole)[1], examples, tests)
     with run_folder(config.output) as out:
         return train_in(out, config, task, base, examples, tests, train_rows, test_rows)
 

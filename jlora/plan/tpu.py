@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jlora.collectives import by_kind, collectives, cycles
-from jlora.plan.known import topology
+from jlora.plan.known import Topology, topology
 from jlora.plan.setting import PlanConfig, Setting, setting
 
 ENVIRONMENT = {
@@ -28,7 +28,6 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu lets one process in, for the devices' sake; this one opens none
 }
-NEEDED = 'compiling for a TPU needs libtpu: pip install "jlora[tpu]"'
 
 
 def available() -> bool:
@@ -43,10 +42,7 @@ def compile_for(plan: PlanConfig, timeout: float = 1800) -> dict[str, Any]:
     Raises ImportError without libtpu; ValueError for a GPU, or a program the compiler refuses, such as one
     that does not fit (its own words in the error).
     """
-    if not topology(plan.topology).compiler:
-        raise ValueError(f"{plan.topology} is no TPU: GPUs are planned by formula")
-    if not available():
-        raise ImportError(NEEDED)
+    compilable(plan.topology)
     done = subprocess.run(
         [sys.executable, "-m", "jlora.plan.tpu"],
         input=json.dumps(dataclasses.asdict(plan)),
@@ -85,16 +81,21 @@ def compiled(plan: PlanConfig, step: Callable[[PlanConfig, Setting], Any] | None
     return compile_step(run.step if step is None else step(plan, run), state, frozen, batch)
 
 
-def devices_of(name: str) -> list[Any]:
-    """The devices of a TPU topology as the compiler knows them; none needs to be here. Raises ValueError for a GPU,
-    ImportError without libtpu."""
-    from jax.experimental import topologies
-
+def compilable(name: str) -> Topology:
+    """The topology. Raises ValueError for a GPU, ImportError without libtpu."""
     where = topology(name)
     if not where.compiler:
         raise ValueError(f"{name} is no TPU: GPUs are planned by formula")
     if not available():
-        raise ImportError(NEEDED)
+        raise ImportError('compiling for a TPU needs libtpu: pip install "jlora[tpu]"')
+    return where
+
+
+def devices_of(name: str) -> list[Any]:
+    """The devices of a TPU topology as the compiler knows them; none needs to be here. Raises as `compilable` does."""
+    from jax.experimental import topologies
+
+    where = compilable(name)
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=where.compiler).devices[: where.devices]
