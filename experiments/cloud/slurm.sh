@@ -14,7 +14,7 @@ set -uo pipefail
 folder="${SLURM_SUBMIT_DIR:-$(dirname "$0")}"
 srun --kill-on-bad-exit=1 "$folder/run.sh"
 code=$?
-if [ "$code" -eq 143 ]; then
+if [ "$code" -eq 143 ] || [ "$code" -eq 134 ]; then # 134: ended by JAX's runtime, as another node was lost
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

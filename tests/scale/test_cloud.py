@@ -113,7 +113,8 @@ def test_every_path_runs_the_same_command():
 
 def test_a_saved_run_is_started_again_and_wrong_settings_are_not():
     sky, job = read("spot.yaml"), read("jobset.yaml")["spec"]
-    assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
+    assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [143, 134]
+    assert '"$code" -eq 143 ] || [ "$code" -eq 134' in (CLOUD / "slurm.sh").read_text()
     ends = job["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert ends == {"operator": "In", "values": [2]} and job["failurePolicy"]["maxRestarts"] > 0
     chips = job["replicatedJobs"][0]["template"]["spec"]
