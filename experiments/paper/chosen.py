@@ -12,6 +12,8 @@ Fit = Callable[[float, int, str], dict[str, Any]]
 """fit(rate, seed, test set) -> figures with "score", more is better."""
 SEARCH = 100
 """The seed of the search: none of those that count."""
+DECIDE = ("lora", "full")
+"""Methods between which the claims decide: they go first, and have as many seeds as that takes."""
 
 
 def tuned(name: str, rates: Sequence[float], seeds: int, fit: Fit, tests: tuple[str, str] = ("split", "dev")) -> list:
@@ -38,5 +40,10 @@ def of(done: Results, name: str, key: str = "score") -> list[float]:
 
 
 def stages(methods: Sequence[str]) -> list[list[str]]:
-    """LoRA and full fine-tuning, between which the claims decide, before the rest."""
-    return [[method for method in methods if (method in ("lora", "full")) is decides] for decides in (True, False)]
+    """Those that decide before the rest."""
+    return [[method for method in methods if (method in DECIDE) is decides] for decides in (True, False)]
+
+
+def seeds_of(config: Any, method: str) -> int:
+    """`config.seeds` of methods that decide, `config.others` of the rest."""
+    return config.seeds if method in DECIDE else config.others

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.paper import nlg
 from experiments.paper.cells import Cell, Experiment, Results
-from experiments.paper.chosen import SEARCH, of, stages, tuned
+from experiments.paper.chosen import SEARCH, of, seeds_of, stages, tuned
 from experiments.paper.fits import Work
 from experiments.paper.tables import Shown, Table, cell
 from experiments.paper.ways import way
@@ -42,6 +42,8 @@ class Config:
     methods: tuple[str, ...] = tuple(NAMES)
     model: str = DECODER
     seeds: int = 3
+    others: int = 1
+    """Seeds of the methods that decide no claim."""
     batch: int = 8
     prompts: int = 100
     """Test prompts that are answered: the first of 630 (E2E)."""
@@ -149,7 +151,7 @@ def cells(config: Config) -> list[Cell]:
         for name, steps, penalty in config.sets
         for method in methods
         for one in tuned(
-            f"{name}/{method}", rates_of(method), config.seeds,
+            f"{name}/{method}", rates_of(method), seeds_of(config, method),
             functools.partial(fit, name, steps, penalty, method), ("split", "test"),
         )
     ]  # fmt: skip

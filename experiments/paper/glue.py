@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 from experiments.paper.cells import Cell, Experiment, Results
-from experiments.paper.chosen import SEARCH, of, stages, tuned
+from experiments.paper.chosen import SEARCH, of, seeds_of, stages, tuned
 from experiments.paper.tables import Shown, Table, cell, mean
 from experiments.paper.ways import rates_of, way
 from experiments.paper.works import ENCODER, GLUE, glue
@@ -33,10 +33,12 @@ class Config:
     methods: tuple[str, ...] = tuple(NAMES)
     lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Lower than elsewhere: a head trains at the same rate, and 1e-2 unlearns STS-B."""
-    half: tuple[str, ...] = ("full",)
-    """Searched with half the steps. LoRA must not be: on MRPC and CoLA it has learned nothing yet by then, and every
-    rate looks alike."""
+    half: tuple[str, ...] = ("full", "bitfit", "houlsby", "pfeiffer", "prefix")
+    """Searched with half the steps. LoRA must not be: in few steps it has learned nothing yet by then, and every rate
+    looks alike."""
     seeds: int = 3
+    others: int = 1
+    """Seeds of the methods that decide no claim."""
     batch: int = 16
 
 
@@ -57,7 +59,9 @@ def cells(config: Config) -> list[Cell]:
         for methods in stages(config.methods)
         for task, steps in config.tasks
         for method in methods
-        for one in tuned(f"{task}/{method}", rates(method), config.seeds, functools.partial(fit, task, steps, method))
+        for one in tuned(
+            f"{task}/{method}", rates(method), seeds_of(config, method), functools.partial(fit, task, steps, method)
+        )
     ]
 
 
@@ -68,7 +72,7 @@ def counted(config: Config) -> list[str]:
 
 def averages(config: Config, done: Results) -> tuple[dict[str, float], list[str]]:
     """({method: mean over tasks, of the methods that have them all}, the tasks that LoRA and full have in full)."""
-    whole = lambda task, method: len(of(done, f"{task}/{method}")) == config.seeds
+    whole = lambda task, method: len(of(done, f"{task}/{method}")) == seeds_of(config, method)
     tasks = [task for task in counted(config) if whole(task, "lora") and whole(task, "full")]
     middle = lambda method: sum(mean(of(done, f"{task}/{method}"))[0] for task in tasks) / len(tasks)
     return {m: middle(m) for m in config.methods if tasks and all(whole(t, m) for t in tasks)}, tasks
