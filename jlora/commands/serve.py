@@ -62,6 +62,7 @@ def serve_command(config: ServeConfig) -> None:
         import uvicorn
 
         from jlora.serve.app import Limits, Server
+        from jlora.serve.http import Protocol
     except ImportError as error:
         raise ImportError(f'{error.name} is not installed: pip install "jlora[serve]"') from None
     from jlora.serve.engine import Engine
@@ -104,6 +105,7 @@ def serve_command(config: ServeConfig) -> None:
         app,
         host=config.host,
         port=config.port,
+        http=Protocol,
         access_log=False,
         server_header=False,
         ws="none",

@@ -20,6 +20,7 @@ from jlora.io.peft import save_peft
 from jlora.serve.app import Limits, Server
 from jlora.serve.engine import Engine
 from jlora.serve.folders import Folders
+from jlora.serve.http import Protocol
 from jlora.serve.request import Ask
 from tests.small import small_model
 
@@ -89,7 +90,7 @@ class Served:
             self.engine.shelf.put(name, folder / name)
         self.engine.start()
         app = Server(self.engine, "small", Folders([folder]), limits or Limits(), key).app()
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none", http=Protocol))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         until(lambda: self.server.started)

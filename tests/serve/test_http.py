@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import socket
 import threading
 import time
 
@@ -15,6 +16,7 @@ import pytest
 
 from jlora.serve.app import Limits
 from jlora.serve.folders import Folders
+from jlora.serve.http import Protocol
 from tests.serve.parts import NAMES, Served, offline, until
 
 PROMPT = "Review : good film"
@@ -297,6 +299,36 @@ def test_key_queue_and_time(place, monkeypatch):
         assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
     finally:
         served.close()
+
+
+def test_headers_that_do_not_come_end_the_connection_and_nothing_else_does(served, monkeypatch):
+    monkeypatch.setattr(Protocol, "headers_within", 0.4)
+    host, port = served.url.removeprefix("http://").split(":")
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    def dripped(raw):
+        """Header lines, one every tenth of a second, until the server has closed or three seconds are over."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for n in range(30):
+                raw.sendall(b"GET / HTTP/1.1\r\n" if n == 0 else b"x: y\r\n")
+                time.sleep(0.1)
+            return False
+        return True
+
+    with socket.create_connection((host, port)) as silent, socket.create_connection((host, port)) as slow:
+        assert dripped(slow)
+        silent.settimeout(20)
+        assert silent.recv(100) == b""
+    with socket.create_connection((host, port)) as raw:
+        raw.settimeout(20)
+        for _ in range(2):
+            raw.sendall(whole)
+            assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(1)  # idle, as long as keep-alive lets it
+        assert dripped(raw)
+    slowed(monkeypatch, served.engine)
+    body = {"model": "film", "prompt": PROMPT, "temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    assert served.post("/v1/completions", **body).json()["usage"]["completion_tokens"] == 24  # longer than that
 
 
 def test_requests_that_mean_two_things_are_refused(served):
