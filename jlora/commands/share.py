@@ -38,7 +38,7 @@ def to_bytes(examples: Sequence[Any], cut: int) -> bytes:
     """As .npz: the fields of all examples in a row, each joined; `sizes` cuts those that have a value a token."""
     flat = [one for example in examples for one in (example if isinstance(example, tuple) else (example,))]
     fields = {name: [getattr(one, name) for one in flat] for name in names_of(type(flat[0]))}
-    joined = {name: np.concatenate(x) if np.ndim(x[0]) else np.asarray(x) for name, x in fields.items()}
+    joined: dict[str, Any] = {name: np.concatenate(x) if np.ndim(x[0]) else np.asarray(x) for name, x in fields.items()}
     file = io.BytesIO()
     np.savez(file, cut=cut, each=len(flat) // len(examples), sizes=[len(one.tokens) for one in flat], **joined)
     return file.getvalue()

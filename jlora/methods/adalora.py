@@ -176,10 +176,10 @@ def budgeted(tx: optax.GradientTransformation, budget: Budget, weight: float = 0
     A λ outside the budget is updated by what brings it to zero.
     """
 
-    def init(trained: Any) -> dict[str, Any]:
+    def init(trained: Any) -> Any:
         return {"tx": tx.init(trained), "ranks": init_budget(trained), "step": jnp.zeros((), jnp.int32)}
 
-    def update(grads: Any, state: dict[str, Any], trained: Any = None) -> tuple[Any, dict[str, Any]]:
+    def update(grads: Any, state: Any, trained: Any = None) -> tuple[Any, Any]:
         grads = jax.tree.map(lambda g, r: g + weight * r.astype(g.dtype), grads, jax.grad(regulariser)(trained))
         updates, inner = tx.update(grads, state["tx"], trained)
         moved, step = optax.apply_updates(trained, updates), state["step"] + 1

@@ -198,7 +198,8 @@ def make(
 
     def one(name: str) -> Callable[[Any], tuple[Any, Any]]:
         if name == "eva" and sight:
-            return lambda p: by_eva(p, config, layouts, key, sight_of_all(sight, params))
+            whole = sight_of_all(sight, params)
+            return lambda p: by_eva(p, config, layouts, key, whole)
         return lambda p: METHODS[name](p, config, layouts, key)
 
     parts: list[Callable[[Any], tuple[Any, Any]]] = [one(name) for name in names]

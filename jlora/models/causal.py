@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.attention import Sight
@@ -103,5 +104,5 @@ def tied_head(words: nn.Embed, hidden: jax.Array) -> jax.Array:
 
     `words.attend` turns the embedding round, which XLA for CPUs does by a copy of it where a loop is around the head.
     """
-    hidden, table = nn.dtypes.promote_dtype(hidden, words.embedding, dtype=words.dtype)
+    hidden, table = promote_dtype(hidden, words.embedding, dtype=words.dtype)
     return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
