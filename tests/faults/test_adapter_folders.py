@@ -182,6 +182,8 @@ PLAINS = {
     "a list for an array": {**PLAIN, "trees": [{"q/kernel": entry(lora_a={"array": ["a"], "shape": [6, 2]})}]},
     "text for an array": {**PLAIN, "trees": [{"q/kernel": entry(lora_a="a")}]},
     "text for a scaling": {**PLAIN, "trees": [{"q/kernel": entry(scaling="a")}]},
+    "an infinite scaling": json.dumps({**PLAIN, "trees": [{"q/kernel": entry(scaling=7.5)}]}).replace("7.5", "1e999"),
+    "a number for an array": {**PLAIN, "trees": [{"q/kernel": entry(lora_a=3.0)}]},
     "an unknown layout": {**PLAIN, "trees": [{"q/kernel": entry(layout="xyz")}]},
     "factors of another weight": {**PLAIN, "trees": [{"q/kernel": entry(layout="oi")}]},
     "a weight that is not there": {**PLAIN, "trees": [{"z/kernel": entry()}]},

@@ -1,0 +1,35 @@
+"""What a written model takes from the folder it was read from, and where it is not written."""
+
+import shutil
+
+import pytest
+
+from jlora.io.load import load
+from jlora.io.save import own, save
+from tests.small import small_model
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    base = load(small_model(tmp_path / "m"))
+    (tmp_path / "out").mkdir()
+    save(tmp_path / "out", base, base.params)  # empty
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "file").write_text("mine")
+    for place in ("out", "file"):
+        with pytest.raises(FileExistsError, match="exists and is not empty"):
+            save(tmp_path / place, base, base.params)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out.part").exists()
+
+
+def test_only_files_of_the_models_own_repository_are_copied(tmp_path):
+    snapshot, blobs, other = (tmp_path / "hub" / name for name in ("models--a/snapshots/1", "models--a/blobs", "b"))
+    for folder in (snapshot, blobs, other):
+        folder.mkdir(parents=True)
+        (folder / "x").write_text("x")
+    (snapshot / "blob").symlink_to(blobs / "x")
+    (snapshot / "foreign").symlink_to(other / "x")
+    assert [own(snapshot, name) for name in ("x", "blob", "foreign", "absent")] == [True, True, False, False]
+    plain = tmp_path / "plain"
+    shutil.copytree(snapshot, plain, symlinks=True)
+    assert [own(plain, name) for name in ("x", "blob", "foreign")] == [True, False, False]
