@@ -38,6 +38,7 @@ TESTS = {
     "jlora/io/adapters.py": [
         "tests/io/test_peft.py",
         "tests/io/test_from_peft.py",
+        "tests/methods/test_named.py",
         "tests/faults/test_adapter_folders.py",
     ],
     "jlora/io/tensors.py": ["tests/io/test_load.py", "tests/io/test_tensors.py", "tests/faults/test_safetensors.py"],

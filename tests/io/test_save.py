@@ -22,6 +22,14 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out.part").exists()
 
 
+def test_the_licence_goes_with_the_weights(tmp_path):
+    folder = small_model(tmp_path / "m")
+    (tmp_path / "m" / "LICENSE").write_text("do as you like")
+    base = load(folder)
+    save(tmp_path / "out", base, base.params)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "do as you like"
+
+
 def test_only_files_of_the_models_own_repository_are_copied(tmp_path):
     snapshot, blobs, other = (tmp_path / "hub" / name for name in ("models--a/snapshots/1", "models--a/blobs", "b"))
     for folder in (snapshot, blobs, other):
