@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,14 +93,21 @@ def few_holds(results: Everything) -> str:
 
 
 def forgetting_holds(results: Everything) -> str:
-    """General perplexity grows more under full fine-tuning."""
-    grown = {}
+    """By full fine-tuning the general perplexity grows more, and the loss on held-out rows lies further above that on
+    the rows it saw."""
+    grown, apart = {}, {}
     for method in ("full", "lora"):
-        curves = [v["general text, perplexity"] for n, v in results["forgetting"].items() if n.startswith(method)]
-        grown[method] = np.mean([curve[-1] / curve[0] for curve in curves]) if curves else float("nan")
-    if np.isnan(sum(grown.values())):
-        return "open"
-    return "agrees" if grown["full"] > grown["lora"] else "does not agree"
+        runs = [run for name, run in results["forgetting"].items() if name.startswith(f"{method}/")]
+        if not runs:
+            return "open"
+        curves = [run["general text, perplexity"] for run in runs]
+        grown[method] = np.mean([curve[-1] / curve[0] for curve in curves])
+        apart[method] = np.mean([run["held out, loss"][-1] - run["seen, loss"][-1] for run in runs])
+    return how_far([figure["full"] > figure["lora"] for figure in (grown, apart)])
+
+
+def how_far(held: Sequence[bool]) -> str:
+    return "open" if not held else "agrees" if all(held) else "in part" if any(held) else "does not agree"
 
 
 def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]) -> str:
@@ -112,7 +119,7 @@ def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]
         for weight, found in weights.items()
         if weight != "seconds"
     ]
-    return "open" if not held else "agrees" if all(held) else "in part" if any(held) else "does not agree"
+    return how_far(held)
 
 
 def overlap_holds(results: Everything) -> str:
