@@ -73,9 +73,12 @@ def check_gguf(path: Path, sizes: dict[int, tuple[int, int]]) -> None:
             raise ValueError(f"version {version}; 2 and 3 are read")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:
             raise ValueError(f"{tensors} tensors and {keys} keys are announced")
-        alignment = 32
+        alignment, names = 32, set[bytes]()
         for _ in range(keys):
             name, value = walk.string(), walk.value(walk.number("I"))
+            if name in names:
+                raise ValueError(f"the key {name[:64]!r} stands in it twice")
+            names.add(name)
             if name == b"general.alignment":
                 alignment = value
         if not isinstance(alignment, int) or alignment < 1 or alignment > 2**20 or alignment & (alignment - 1):

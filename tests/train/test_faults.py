@@ -1,7 +1,6 @@
 """What a run does when the disk is full, the process is told to end, or a step's numbers are not finite."""
 
 import gc
-import inspect
 import os
 import re
 import resource
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_named(damage, tmp_path,
 def reads():
     """Orbax's unfinished reads, which some thread of the array store still holds."""
     gc.collect()
-    return [x for x in gc.get_objects() if inspect.iscoroutine(x) and "_read_" in x.__qualname__]
+    return [x for x in gc.get_objects() if type(x) is types.CoroutineType and "_read_" in x.__qualname__]
 
 
 def test_a_clock_set_back_changes_nothing(tmp_path, monkeypatch):
