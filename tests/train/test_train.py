@@ -132,9 +132,8 @@ def test_the_compiled_loss_holds_one_array_of_a_chunk_s_logits():
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     kernel = 4 * width * vocab  # the gradient of the head is summed over chunks
-    arrays = 2 if jax.__version_info__ == (0, 10, 0) else 1  # its XLA writes the gradient of the logits beside them
-    assert bytes_of(labels) < arrays * 1.1 * 4 * labels * vocab
-    assert bytes_of(128) < arrays * 1.1 * 4 * 128 * vocab + 2 * kernel
+    assert bytes_of(labels) < 1.1 * 4 * labels * vocab
+    assert bytes_of(128) < 1.1 * 4 * 128 * vocab + 2 * kernel
 
 
 def test_accumulated_step_equals_the_big_batch():
