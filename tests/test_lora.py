@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.leaves import MaterialisedWarning
+from jlora.leaves import LoraLeaf, MaterialisedWarning
 from jlora.lora import MergedAsFloats, Together, on_plain_base
 
 X = jax.random.normal(jax.random.key(9), (5, 12))
@@ -165,6 +165,19 @@ def test_an_adapter_that_changed_the_base_on_the_base_as_it_was(init):
     lora = moved(start)
     want = jlora.merge(frozen, lora)["w"]
     np.testing.assert_allclose(jlora.merge(params, on_plain_base(lora, start))["w"], want, atol=1e-5)
+
+
+def test_a_leaf_is_its_arrays_and_begins_with_the_plain_sum():
+    w, a, b = jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3))
+    leaf = LoraLeaf(w, a, b)
+    assert (leaf.scaling, leaf.dropout, leaf.key_axes, leaf.path) == (1.0, 0.0, (), "")
+    np.testing.assert_array_equal(leaf.materialise(), w + a @ b)
+    stack = {"w": jnp.ones((3, 8, 5))}
+    config = jlora.LoraConfig(r=2, lora_alpha=8)
+    frozen, lora = jlora.lorafy(stack, config=config, layouts={"w": "sio"})
+    whole = jlora.combine(frozen, lora, dropout=0.5, key=jax.random.key(0))["w"]
+    assert whole.key_axes == (0,) and whole.scaling == 4.0
+    assert [x.shape for x in jax.tree.leaves(whole)] == [(3, 8, 5), (3, 8, 2), (3, 2, 5), (3,)]
 
 
 def test_adapters_together_drop_each_by_itself():
