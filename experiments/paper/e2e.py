@@ -29,8 +29,8 @@ from jlora.generate import GenerateConfig, generate_text
 
 NAMES = {"lora": "LoRA", "full": "full", "lin": "adapter L", "houlsby": "adapter H", "top": "FT-top2"}
 NAMES |= {"prefix": "prefix-layer"}
-RATES = {"full": (5e-5, 1e-4, 3e-4), "top": (1e-4, 3e-4), "prefix": (3e-3, 1e-2)}
-USUAL = (1e-3, 2e-3, 4e-3)
+RATES = {"full": (2e-5, 5e-5, 1e-4), "top": (1e-4, 3e-4), "prefix": (3e-3, 1e-2)}
+USUAL = (5e-4, 1e-3, 2e-3)
 
 
 @dataclasses.dataclass(frozen=True)
