@@ -18,7 +18,8 @@ BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}"
 TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 CYCLES = re.compile(r'estimated_cycles"?:\s*"(\d+)"')
 ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\])")
-"""Groups of one device each: nothing is sent."""
+NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+"""Groups by the axes of a mesh, as JAX 0.12 writes them: mesh['data'=8,'expert'=1] {'expert'}."""
 CHANNEL = re.compile(r"channel_id=(\d+)")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -47,7 +48,7 @@ def collectives(text: str) -> list[Collective]:
     found: dict[str, Collective] = {}
     for shape, opcode, rest, times, known, inside in instructions(text):
         kind = opcode.removesuffix("-start")
-        if kind not in KINDS or ALONE.search(rest):
+        if kind not in KINDS or alone(rest):
             continue
         arrays = ARRAY.findall(shape)
         if opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
@@ -63,6 +64,15 @@ def collectives(text: str) -> list[Collective]:
         if name not in found or times < found[name].times:
             found[name] = one
     return list(found.values())
+
+
+def alone(rest: str) -> bool:
+    """Whether the groups are of one device each: nothing is sent."""
+    if named := NAMED.search(rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'", named[2])
+        return bool(axes) and all(sizes[axis] == "1" for axis in axes)
+    return ALONE.search(rest) is not None
 
 
 def cycles(text: str) -> int:

@@ -155,11 +155,18 @@ def test_a_trip_count_is_read_off_the_condition_where_it_is_not_annotated():
     assert not all(one.known for one in collectives(text.replace("direction=LT", "direction=GE")))
 
 
-def test_groups_of_one_device_send_nothing():
-    alone = TEXT.replace("all-reduce(%a, %b),", "all-reduce(%a, %b), replica_groups={{0},{1}},")
-    assert set(by_kind(collectives(alone))) == {"all-gather"}
-    pairs = TEXT.replace("all-reduce(%a, %b),", "all-reduce(%a, %b), replica_groups={{0,1}},")
-    assert by_kind(collectives(pairs)) == by_kind(collectives(TEXT))
+@pytest.mark.parametrize(
+    ("alone", "pairs"),
+    [
+        ("{{0},{1}}", "{{0,1}}"),
+        ("[2,1]<=[2]", "[1,2]<=[2]"),
+        ("mesh['data'=2,'expert'=1] {'expert'}", "mesh['data'=2,'expert'=1] {'data','expert'}"),
+    ],
+)
+def test_groups_of_one_device_send_nothing(alone, pairs):
+    found = lambda groups: by_kind(collectives(TEXT.replace("all-reduce(%a, %b),", f"all-reduce(%a, %b), {groups},")))
+    assert set(found(f"replica_groups={alone}")) == {"all-gather"}
+    assert found(f"replica_groups={pairs}") == by_kind(collectives(TEXT))
 
 
 def test_a_transfer_spread_over_fusions_counts_once():
