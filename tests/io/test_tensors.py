@@ -6,6 +6,7 @@ import numpy as np
 
 from jlora.io.tensors import Source, build
 from jlora.models.tensors import HFTensor
+from tests.devices import on_eight
 
 HELD = {f"h.{n}.w": np.arange(6, dtype=np.float32).reshape(3, 2) + 10 * n for n in range(2)}
 HELD["head"] = np.arange(4, dtype=np.float32).reshape(4, 1)
@@ -28,3 +29,9 @@ def test_what_is_made_of_a_leaf_gets_its_layers_one_by_one():
     for n, layer in enumerate(seen["w"]):
         np.testing.assert_array_equal(layer, HELD[f"h.{n}.w"].T)
     np.testing.assert_array_equal(seen["head"][0], HELD["head"])
+
+
+def test_each_device_gets_its_part_and_no_more_is_read():
+    found = on_eight("tests.scale.read_parts", key="spec").values()
+    assert all(report["same"] for report in found)
+    assert [report["most"] for report in found] == [2 * 16, 2 * 8, 8 * 2, 8 * 16]  # numbers of one read
