@@ -185,17 +185,26 @@ def domains_here(results: Everything) -> str:
     )
 
 
+def watched(results: Everything, method: str) -> list[dict[str, Any]]:
+    """The seeds of `forgetting`."""
+    return [held for name, held in results["forgetting"].items() if name.startswith(f"{method}/")]
+
+
+def overfit(runs: list[dict[str, Any]]) -> float:
+    """How far the loss on held-out rows lies above that on the rows it saw, at the end."""
+    return float(np.mean([run["held out, loss"][-1] - run["seen, loss"][-1] for run in runs]))
+
+
 def forgetting_here(results: Everything) -> str:
     said = []
     for method in ("full", "lora"):
-        runs = [held for name, held in results["forgetting"].items() if name.startswith(f"{method}/")]
+        runs = watched(results, method)
         if runs:
             ends = [(run["general text, perplexity"][0], run["general text, perplexity"][-1]) for run in runs]
-            gap = np.mean([run["held out, loss"][-1] - run["seen, loss"][-1] for run in runs])
             first, last = np.mean(ends, axis=0)
             said.append(
                 f"{method}: general perplexity {first:.1f} -> {last:.1f}, "
-                f"held-out loss less seen {gap:.2f} ({len(runs)})"
+                f"held-out loss less seen {overfit(runs):.2f} ({len(runs)})"
             )
     return "; ".join(said)
 

