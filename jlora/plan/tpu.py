@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jlora.collectives import by_kind, collectives, cycles
@@ -106,7 +107,8 @@ def compile_step(step: Any, *arguments: Any) -> dict[str, Any]:
     import time
 
     began = time.monotonic()
-    program = step.lower(*arguments).compile()
+    with none_kept():
+        program = step.lower(*arguments).compile()
     memory, text = program.memory_analysis(), program.as_text() or ""
     if os.environ.get("JLORA_HLO"):
         with open(os.environ["JLORA_HLO"], "w", encoding="utf-8") as file:
@@ -127,6 +129,26 @@ def compile_step(step: Any, *arguments: Any) -> dict[str, Any]:
         "collectives": by_kind(collectives(text)),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+@contextlib.contextmanager
+def none_kept() -> Iterator[None]:
+    """JAX's cache of compiled programs is put aside: it writes what is compiled for chips that are not here, and cannot
+    read it again without them.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(cache: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # JAX asks once a process whether there is one
+
+    held = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    use(False)
+    try:
+        yield
+    finally:
+        use(held)
 
 
 if __name__ == "__main__":
