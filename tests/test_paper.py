@@ -83,6 +83,11 @@ def test_the_rate_is_chosen_on_the_split_and_judged_on_dev(tmp_path):
     done = json.loads((tmp_path / "counted.json").read_text())["cells"]
     assert of(done, "task/lora") == [0.0, 0.0] and of(done, "task/lora", "rate") == [0.1, 0.1]
 
+    seen.clear()
+    more = dataclasses.replace(one, cells=lambda config: tuned("other/lora", (0.01, 0.1), 1, fit, like="task/lora"))
+    run(more, Config(), tmp_path, Budget(None))
+    assert seen == [(0.1, 0, "dev")], "no search of its own"
+
 
 def test_a_fit_is_what_train_does(tmp_path):
     source, data = small_model(tmp_path / "model"), rows(tmp_path)

@@ -16,17 +16,27 @@ DECIDE = ("lora", "full")
 """Methods between which the claims decide: they go first, and have as many seeds as that takes."""
 
 
-def tuned(name: str, rates: Sequence[float], seeds: int, fit: Fit, tests: tuple[str, str] = ("split", "dev")) -> list:
-    """Cells NAME/rate R on the first of `tests`, then NAME/seed N at the best rate on the second."""
+def tuned(
+    name: str,
+    rates: Sequence[float],
+    seeds: int,
+    fit: Fit,
+    tests: tuple[str, str] = ("split", "dev"),
+    like: str = "",
+) -> list[Cell]:
+    """Cells NAME/rate R on the first of `tests`, then NAME/seed N at the best rate on the second.
+
+    like: the name whose search decides instead; its cells come before.
+    """
 
     def search(rate: float, done: Results) -> dict[str, Any]:
         return fit(rate, SEARCH, tests[0])
 
     def final(seed: int, done: Results) -> dict[str, Any]:
-        rate = best(name, rates, done)
+        rate = best(like or name, rates, done)
         return {**fit(rate, seed, tests[1]), "rate": rate}
 
-    tried = [Cell(f"{name}/rate {rate:g}", functools.partial(search, rate)) for rate in rates]
+    tried = [Cell(f"{name}/rate {rate:g}", functools.partial(search, rate)) for rate in rates if not like]
     return tried + [Cell(f"{name}/seed {seed}", functools.partial(final, seed)) for seed in range(seeds)]
 
 

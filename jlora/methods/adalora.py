@@ -176,16 +176,16 @@ def budgeted(tx: optax.GradientTransformation, budget: Budget, weight: float = 0
     A λ outside the budget is updated by what brings it to zero.
     """
 
-    def init(trained: Any) -> Any:
-        return {"tx": tx.init(trained), "ranks": init_budget(trained), "step": jnp.zeros((), jnp.int32)}
+    def init(params: Any) -> Any:
+        return {"tx": tx.init(params), "ranks": init_budget(params), "step": jnp.zeros((), jnp.int32)}
 
-    def update(grads: Any, state: Any, trained: Any = None) -> tuple[Any, Any]:
-        grads = jax.tree.map(lambda g, r: g + weight * r.astype(g.dtype), grads, jax.grad(regulariser)(trained))
-        updates, inner = tx.update(grads, state["tx"], trained)
-        moved, step = optax.apply_updates(trained, updates), state["step"] + 1
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        grads = jax.tree.map(lambda g, r: g + weight * r.astype(g.dtype), updates, jax.grad(regulariser)(params))
+        updates, inner = tx.update(grads, state["tx"], params)
+        moved, step = optax.apply_updates(params, updates), state["step"] + 1
         ranked, kept = update_budget(step, moved, grads, state["ranks"], budget)
         change = lambda u, new, was, old: jnp.where(new == was, u, new - old)
-        updates = jax.tree.map(change, updates, ranked, moved, trained)
+        updates = jax.tree.map(change, updates, ranked, moved, params)
         return updates, {"tx": inner, "ranks": kept, "step": step}
 
     return optax.GradientTransformation(init, update)
