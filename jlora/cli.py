@@ -59,6 +59,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"jlora {name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    from jlora.compiled import keep_compiled
+
     keep_compiled()
     try:
         with joined(name) as first:
@@ -100,18 +102,6 @@ def joined(name: str) -> Iterator[bool]:
             flush=True,
         )
         os._exit(143)  # the usual way out waits for the lost one
-
-
-def keep_compiled() -> None:
-    """Compiled programs are kept under jlora's cache folder, so that a second start does not compile again; where
-    JAX_COMPILATION_CACHE_DIR says another folder, there."""
-    import jax
-
-    from jlora.io.pypi import cache_folder
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def sentence(error: BaseException) -> str:

@@ -64,20 +64,6 @@ def start(env: Mapping[str, str] | None = None) -> None:
             raise  # a TPU machine with no metadata to ask is one host
 
 
-def keep_compiled(output: str) -> str:
-    """Where compiled programs are kept, so that a restart is quick: what JAX_COMPILATION_CACHE_DIR says, else beside a
-    remote run's files, where every host finds them, else in the home's cache. On CPU, where they are not portable, "".
-    """
-    import jax
-
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if given or jax.default_backend() == "cpu":
-        return given
-    place = f"{output}/xla" if "://" in output else os.path.expanduser("~/.cache/jlora/xla")
-    jax.config.update("jax_compilation_cache_dir", place)
-    return place
-
-
 def stopper() -> Callable[[], bool]:
     """f(): whether a process of the run was told to stop (SIGTERM, a preemption notice). Of several processes all
     hear it at the same call, so that all save the same step; each must call it equally often.

@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,13 +137,13 @@ def network(coordinator: str) -> Check:
         return Check("network", f"{coordinator}: {error}", fix)
 
 
-def cache() -> Check:
-    """Whether compiled programs are kept, so that a restart is quick."""
-    place = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if place:
-        return Check("compile cache", place)
-    advice = f"none; export JAX_COMPILATION_CACHE_DIR={tempfile.gettempdir()}/jax makes restarts quick"
-    return Check("compile cache", advice)
+def cache(output: str) -> Check:
+    """Whether compiled programs can be kept, so that a restart is quick."""
+    from jlora.compiled import keep_compiled
+
+    found = folder(keep_compiled(output))
+    fix = "give a folder that can be written, with room: export JAX_COMPILATION_CACHE_DIR=FOLDER" if found.fix else ""
+    return Check("compile cache", found.saw, fix)
 
 
 def run(config: DoctorConfig) -> dict[str, Any]:
@@ -155,7 +154,7 @@ def run(config: DoctorConfig) -> dict[str, Any]:
         memory,
         lambda: folder(config.output),
         lambda: network(config.coordinator),
-        cache,
+        lambda: cache(config.output),
     ]
     checks = [check() for check in every]
     shown = [{name: value for name, value in dataclasses.asdict(check).items() if value} for check in checks]

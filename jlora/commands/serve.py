@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from jlora.commands.settings import say
 from jlora.io import load
-from jlora.io.pypi import cache_folder
 
 KEEP_ALIVE = 30
 """Seconds an idle connection stays open: more than clients keep theirs (httpx, and so the openai client, 5), or now and
@@ -70,10 +69,6 @@ def serve_command(config: ServeConfig) -> None:
 
     began = time.monotonic()
     folders, key = Folders(config.adapters), api_key(config)
-    # programs compiled by an earlier start are read from disk
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say(f"reading {config.model}")
     # on a CPU a scan copies every layer's weights out of the stack, and a step of decoding is little more than that
     base = load(config.model, dtype=jnp.dtype(config.dtype), scan_layers=jax.default_backend() != "cpu")

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import sharding
 from jlora.commands.settings import TrainConfig
-from jlora.distributed import keep_compiled
+from jlora.compiled import keep_compiled
 from jlora.io import Pretrained, load
 from jlora.models.attention import Attention, attending, named
 from jlora.train import TrainState
@@ -122,7 +122,8 @@ def spread_of(config: TrainConfig, options: dict[str, Any]) -> tuple[Pretrained,
     Without `mesh` all devices split the base (fsdp); one device needs none.
     Raises ValueError for a mesh or a batch that does not fit the devices, and what `load` raises.
     """
-    keep_compiled(config.output)
+    if "://" in config.output and not config.dry_run:
+        keep_compiled(config.output)
     if jax.device_count() == 1 or config.dry_run:
         if config.mesh and not config.dry_run:
             sharding.make_mesh(config.mesh)

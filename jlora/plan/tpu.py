@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -14,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jlora.collectives import by_kind, collectives, cycles
@@ -106,6 +105,8 @@ def compile_step(step: Any, *arguments: Any) -> dict[str, Any]:
     """The figures of `compile_for`, of a jitted step and its arguments as shapes that are laid out."""
     import time
 
+    from jlora.compiled import none_kept
+
     began = time.monotonic()
     with none_kept():
         program = step.lower(*arguments).compile()
@@ -129,26 +130,6 @@ def compile_step(step: Any, *arguments: Any) -> dict[str, Any]:
         "collectives": by_kind(collectives(text)),
         "seconds": round(time.monotonic() - began, 1),
     }
-
-
-@contextlib.contextmanager
-def none_kept() -> Iterator[None]:
-    """JAX's cache of compiled programs is put aside: it writes what is compiled for chips that are not here, and cannot
-    read it again without them.
-    """
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    def use(cache: bool) -> None:
-        jax.config.update("jax_enable_compilation_cache", cache)
-        compilation_cache.reset_cache()  # JAX asks once a process whether there is one
-
-    held = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    use(False)
-    try:
-        yield
-    finally:
-        use(held)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import socket
 
+import pytest
+
 from jlora import doctor
 
 
-def test_a_sound_machine_is_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "here")
+@pytest.mark.usefixtures("compile_cache")
+def test_a_sound_machine_is_said_to_be(tmp_path):
     report = doctor.run(doctor.DoctorConfig(output=str(tmp_path / "run")))
     assert [check["name"] for check in report["checks"]][:3] == ["devices", "versions", "memory"]
     assert not [check for check in report["checks"] if check["name"] in ("versions", "run folder") and "fix" in check]
@@ -27,6 +29,15 @@ def test_a_coordinator_is_reached_or_not():
         assert not doctor.network(f"127.0.0.1:{port}").fix
     assert f"port {port}" in doctor.network(f"127.0.0.1:{port}").fix
     assert doctor.network("nowhere").fix == "write --coordinator HOST:PORT"
+
+
+@pytest.mark.usefixtures("compile_cache")
+def test_a_compile_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    assert doctor.cache("runs").saw.startswith(f"{tmp_path / 'cache'}: writable")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert "JAX_COMPILATION_CACHE_DIR" in doctor.cache("runs").fix
 
 
 def test_an_accelerator_that_is_not_used_is_named(tmp_path):

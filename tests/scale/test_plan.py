@@ -5,19 +5,13 @@ import json
 import runpy
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.cli import main
 from jlora.plan import PlanConfig, compile_for, plan
 from jlora.plan.estimate import estimate, room
 from jlora.plan.known import topology
 from jlora.plan.setting import setting
-from jlora.plan.tpu import compile_step, devices_of
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B = 8_030_261_248  # parameters of the released Meta-Llama-3-8B
@@ -134,25 +128,3 @@ def test_arguments_are_estimated_to_the_byte(compiled):
     told, program = compiled
     held = sum(told["GB_a_device"][kind] for kind in ("base", "trained", "optimiser")) * 1e9
     assert program["arguments"] == pytest.approx(held, rel=0.03)  # and the batch
-
-
-def test_a_program_for_chips_that_are_not_here_is_not_kept(tmp_path):
-    """JAX would write it and, the second time, warn that it cannot read it."""
-    pytest.importorskip("libtpu", reason='pip install "jlora[tpu]" brings the compiler')
-    line = NamedSharding(Mesh(np.array(devices_of("v5e:2x4")), "x"), PartitionSpec("x"))
-    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=line)
-    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    held = {name: getattr(jax.config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        for _ in range(2):
-            assert compile_step(jax.jit(jnp.sin), shape)["peak"] > 0
-        assert not list(tmp_path.iterdir())
-        jax.jit(lambda x: x + 1)(jnp.ones(3))
-        assert list(tmp_path.iterdir()), "the cache is in use again"
-    finally:
-        for name, value in held.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()

@@ -132,16 +132,3 @@ def test_a_remote_folder_gets_every_file_and_gives_the_metrics_back(tmp_path, mo
     assert (tmp_path / "run" / "adapter" / "weights").read_bytes() == b"1" and not out.exists()
     with run_folder(str(tmp_path / "run")) as out:
         assert (out / "metrics.jsonl").read_text() == "{}\n"
-
-
-def test_compiled_programs_are_kept_where_a_restart_finds_them(monkeypatch):
-    said = {}
-    monkeypatch.setattr("jax.config.update", said.__setitem__)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    assert distributed.keep_compiled("run") == "" and not said  # on CPU
-    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert distributed.keep_compiled("gs://bucket/run") == "gs://bucket/run/xla"
-    assert distributed.keep_compiled("run").endswith("/.cache/jlora/xla")
-    assert said == {"jax_compilation_cache_dir": distributed.keep_compiled("run")}
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
-    assert distributed.keep_compiled("gs://bucket/run") == "mine"
