@@ -44,10 +44,10 @@ def amplification(w: Any, entry_a: Any, entry_b: Any, scaling: float, rank: int)
     """How much A·B amplifies directions that W has but does not stress (section 7.3), for one matrix.
 
     w: [i, o]; entry_a [i, r], entry_b [r, o]. {"task": ||U^T W V||_F in the first `rank` directions of A·B, "delta":
-    ||scaling A·B||_F, "factor": their ratio, "weight": ||W||_F}.
+    ||scaling A·B||_F in the same (all of it for rank = r, as in table 7), "factor": their ratio, "weight": ||W||_F}.
     """
     delta = scaling * entry_a @ entry_b
-    u, _, vt = jnp.linalg.svd(delta, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(delta, full_matrices=False)
     task = jnp.linalg.norm(u[:, :rank].T @ w @ vt[:rank].T)
-    norm = jnp.linalg.norm(delta)
+    norm = jnp.linalg.norm(s[:rank])
     return {"task": task, "delta": norm, "factor": norm / task, "weight": jnp.linalg.norm(w)}

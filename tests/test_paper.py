@@ -11,8 +11,8 @@ import pytest
 from experiments.all import NAMES, experiment
 from experiments.paper import nlg, spectra
 from experiments.paper.cells import Budget, Cell, Experiment, Kept, duration, run
-from experiments.paper.chosen import of, tuned
-from experiments.paper.e2e import grouped
+from experiments.paper.chosen import beyond, of, tuned
+from experiments.paper.e2e import grouped, some
 from experiments.paper.fits import Work
 from experiments.paper.tables import Shown, Table, cell, mean
 from jlora.analysis import amplification, similarity
@@ -83,10 +83,35 @@ def test_the_rate_is_chosen_on_the_split_and_judged_on_dev(tmp_path):
     done = json.loads((tmp_path / "counted.json").read_text())["cells"]
     assert of(done, "task/lora") == [0.0, 0.0] and of(done, "task/lora", "rate") == [0.1, 0.1]
 
+    assert "score" not in done["task/lora/one further"], "the best is within the grid"
+
     seen.clear()
     more = dataclasses.replace(one, cells=lambda config: tuned("other/lora", (0.01, 0.1), 1, fit, like="task/lora"))
     run(more, Config(), tmp_path, Budget(None))
     assert seen == [(0.1, 0, "dev")], "no search of its own"
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen"),
+    [(10.0, [1.0, 3.0, 9.0], 9.0), (0.01, [1.0, 3.0, 0.3], 0.3), (3.2, [1.0, 3.0, 9.0], 3.0)],
+)
+def test_a_search_goes_one_step_beyond_an_end_that_is_best(tmp_path, best, tried, chosen):
+    seen = []
+
+    def fit(rate, seed, test):
+        seen.append(rate)
+        return {"score": -abs(rate - best)}
+
+    one = dataclasses.replace(counting([]), cells=lambda config: tuned("task/lora", (1.0, 3.0), 1, fit))
+    run(one, Config(), tmp_path, Budget(None))
+    assert seen == [*tried, chosen]
+    assert beyond((0.3, 1.0, 3.0), 1.0) is None and beyond((1.0,), 1.0) is None
+
+
+def test_rows_are_drawn_from_all_of_a_sorted_file():
+    drawn = some(list(range(100)), 10)
+    assert drawn == some(list(range(100)), 10) == sorted(drawn) and len(drawn) == 10 and max(drawn) > 50
+    assert some([1, 2], 10) == [1, 2]
 
 
 def test_a_fit_is_what_train_does(tmp_path):
@@ -238,3 +263,32 @@ def test_every_claim_names_what_finds_it():
         assert all((root / script).is_file() for script in scripts), claim.how
         if "experiments.all" in words:
             assert words[-1] in NAMES, claim.how
+
+
+def test_verdicts_weigh_every_part_of_a_claim():
+    from experiments.paper import holds
+
+    def results(name, scores, seeds=3):
+        found = {f"{key}/seed {n}": {"score": score} for key, score in scores.items() for n in range(seeds)}
+        return {**{one: {} for one in (*NAMES, "methods")}, name: found}
+
+    hundred = {"100/lora": 0.7, "100/full": 0.6, "100/prompt": 0.5}
+    later = {"1000/lora": 0.8, "1000/full": 0.805}
+    assert holds.few_holds(results("few", hundred | later)) == "agrees"
+    assert holds.few_holds(results("few", hundred | later | {"1000/full": 0.83})) == "in part"
+    assert holds.few_holds(results("few", later)) == "open"
+
+    best = dict.fromkeys((f"e2e/{method}" for method in ("full", "lin", "houlsby", "top", "prefix")), 50.0)
+    assert holds.e2e_holds(results("e2e", {"e2e/lora": 51.0, "e2e/full": 50.0})) == "agrees so far"
+    assert holds.e2e_holds(results("e2e", {"e2e/lora": 51.0, **best})) == "agrees"
+    assert holds.e2e_holds(results("e2e", {"e2e/lora": 51.0, **best, "e2e/lin": 52.0})) == "in part"
+    assert holds.sets_hold(results("e2e", {"e2e/lora": 51.0, **best})) == "open"
+
+    alone = {f"{task}/{m}": 0.8 for task in ("SST-2", "MRPC") for m in ("lora", "prompt", "prefix")}
+    sums = {"SST-2/lora+prompt": 0.82, "MRPC/lora+prompt": 0.79, "SST-2/lora+prefix": 0.7, "MRPC/lora+prefix": 0.7}
+    assert holds.combined_holds(results("combined", alone | sums)) == "agrees"
+    assert holds.combined_holds(results("combined", alone | sums | {"SST-2/prompt": 0.83})) == "in part"
+
+    ranks = {"q r=1": 0.68, "q r=8": 0.7, "qkvo r=1": 0.74, "qkvo r=8": 0.74}
+    assert holds.ranks_hold(results("which", ranks)) == "agrees"
+    assert holds.ranks_hold(results("which", ranks | {"q r=1": 0.7, "qkvo r=1": 0.6})) == "does not agree"

@@ -17,8 +17,6 @@ from experiments.paper.works import ENCODER, GLUE, glue
 
 NAMES = {"lora": "LoRA", "prompt": "PreEmbed", "prefix": "PreLayer"}
 NAMES |= {"lora+prompt": "LoRA + PreEmbed", "lora+prefix": "LoRA + PreLayer"}
-RATES = (1e-3, 3e-3, 1e-2)
-"""One grid for all: a sum has one rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +25,8 @@ class Config:
 
     tasks: tuple[tuple[str, int], ...] = (("SST-2", 200), ("MRPC", 200))
     methods: tuple[str, ...] = tuple(NAMES)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """One grid for all: a sum has one rate."""
     seeds: int = 3
 
 
@@ -44,7 +44,7 @@ def cells(config: Config) -> list[Cell]:
         one
         for task, steps in config.tasks
         for method in config.methods
-        for one in tuned(f"{task}/{method}", RATES, config.seeds, functools.partial(fit, task, steps, method))
+        for one in tuned(f"{task}/{method}", config.rates, config.seeds, functools.partial(fit, task, steps, method))
     ]
 
 

@@ -25,11 +25,12 @@ class Config:
     task: str = "SST-2"
     rows: tuple[int, ...] = (100, 1000, 10000)
     steps: tuple[int, ...] = (100, 200, 400)
-    methods: tuple[str, ...] = tuple(NAMES)
+    rates: tuple[tuple[str, tuple[float, ...]], ...] = rates_of(*NAMES)
+    """A method's."""
     seeds: int = 3
 
 
-SMALL = Config(rows=(32,), steps=(3,), methods=("lora", "prompt"), seeds=1)
+SMALL = Config(rows=(32,), steps=(3,), rates=rates_of("lora", "prompt"), seeds=1)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -42,16 +43,14 @@ def cells(config: Config) -> list[Cell]:
     return [
         one
         for rows, steps in zip(config.rows, config.steps, strict=True)
-        for method in config.methods
-        for one in tuned(
-            f"{rows}/{method}", rates_of(method), config.seeds, functools.partial(fit, method, rows, steps)
-        )
+        for method, rates in config.rates
+        for one in tuned(f"{rows}/{method}", rates, config.seeds, functools.partial(fit, method, rows, steps))
     ]
 
 
 def show(config: Config, done: Results) -> Shown:
     rows = [
-        [NAMES[method], *(cell(of(done, f"{count}/{method}")) for count in config.rows)] for method in config.methods
+        [NAMES[method], *(cell(of(done, f"{count}/{method}")) for count in config.rows)] for method, _ in config.rates
     ]
     note = f"{config.task} dev, accuracy x 100 (chance about 50), mean ± half the 95 % interval over seeds (how many)."
     return Shown([Table(["method", *(f"{count:,} rows" for count in config.rows)], rows, note)])

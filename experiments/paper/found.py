@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper import combined, few, glue
-from experiments.paper.chosen import of
+from experiments.paper import combined, e2e, few, glue, nlg, which
+from experiments.paper.chosen import DECIDE, of
 from experiments.paper.tables import cell, mean
 
 Everything = dict[str, dict[str, Any]]
@@ -31,6 +31,16 @@ def glue_here(results: Everything) -> str:
     if said:
         return f"MiniLM, part of the table: {'; '.join(said)}"
     return once(results, {"lora": "LoRA", "full": "full", "houlsby": "adapter H", "prefix": "prefix-layer"})
+
+
+def glue_others(results: Everything) -> str:
+    """Every method's average over the tasks that it and LoRA have in full."""
+    said = []
+    for method in dict(glue.Config().rates):
+        ours, theirs, tasks = glue.against_lora(glue.Config(), results["glue"], method)
+        if tasks and method not in DECIDE:
+            said.append(f"{glue.NAMES[method]} {theirs:.1f} (LoRA {ours:.1f}, on {', '.join(tasks)})")
+    return "; ".join(said) or once(results, {"lora": "LoRA", "bitfit": "BitFit", "houlsby": "adapter H"})
 
 
 def few_here(results: Everything) -> str:
@@ -78,6 +88,16 @@ def which_here(cases: tuple[tuple[str, int], ...]) -> Callable[[Everything], str
     return here
 
 
+def ranks_here(results: Everything) -> str:
+    named = {"q": "q alone", "qkvo": "all four"}
+    said = []
+    for weights, name in named.items():
+        found = {rank: of(results["which"], f"{weights} r={rank}") for w, rank in which.RANKS if w == weights}
+        parts = [f"r = {rank} {cell(scores)}" for rank, scores in found.items() if scores]
+        said += [f"{name}: {', '.join(parts)}"] if parts else []
+    return f"MiniLM on SST-2: {'; '.join(said)}" if said else ""
+
+
 def why_here(kind: str, say: Callable[[str, dict[str, Any]], str]) -> Callable[[Everything], str]:
     def here(results: Everything) -> str:
         said = []
@@ -91,8 +111,11 @@ def why_here(kind: str, say: Callable[[str, dict[str, Any]], str]) -> Callable[[
 
 
 def overlap_text(weight: str, found: dict[str, Any]) -> str:
-    top = {what: np.mean(found[what]["phi(1, all) of ranks, by layer"]) for what in ("A", "AB")}
-    return f"{weight} phi(1, 64) of A {top['A']:.2f}, of A·B {top['AB']:.2f} (random {64 / found['d']:.2f})"
+    phi = lambda key: np.mean(found["A"][f"phi({key}, by layer"])
+    return (
+        f"{weight} phi(1, 1) of A {phi('1, 1) of ranks'):.2f} between ranks, {phi('1, 1) of seeds'):.2f} between seeds "
+        f"(random {1 / found['d']:.3f}), phi(1, 64) {phi('1, all) of ranks'):.2f} (random {64 / found['d']:.2f})"
+    )
 
 
 def amplified_text(weight: str, found: dict[str, Any]) -> str:
@@ -118,8 +141,10 @@ def memory_here(results: Everything) -> str:
     found = planned(results, "states, GB")
     if not found:
         return ""
-    less = f"{found[0]:,.0f} GB -> {found[1]:,.0f} GB ({found[0] / found[1]:.1f}x)"
-    return f"by plan: {less}, base, factors, gradients and Adam's state"
+    less = lambda found: f"{found[0]:,.0f} GB -> {found[1]:,.0f} GB ({found[0] / found[1]:.1f}x)"
+    whole = planned(results, "step, GB")
+    said = f"by plan over 128 chips: {less(found)} of base, factors, gradients and Adam's state"
+    return f"{said}; with a step's activations and temporaries {less(whole)} (docs/scale.md)" if whole else said
 
 
 def steps(results: Everything, key: str) -> list[tuple[str, float, float]]:
@@ -162,13 +187,22 @@ def switching_here(results: Everything) -> str:
 
 
 def e2e_here(results: Everything) -> str:
-    found = {name: of(results["e2e"], f"e2e/{name}") for name in ("lora", "full")}
-    return "; ".join(f"{name} BLEU {cell(values, 1.0)}" for name, values in found.items() if values)
+    return set_here(results, "e2e", ("bleu", "nist", "meteor", "rouge", "cider"))
+
+
+def set_here(results: Everything, name: str, figures: tuple[str, ...] = ("bleu",)) -> str:
+    """Every method's, of LoRA and full fine-tuning all `figures`."""
+    said = []
+    for method, called in e2e.NAMES.items():
+        shown = figures if method in DECIDE else figures[:1]
+        found = [(nlg.NAMES[figure], of(results["e2e"], f"{name}/{method}", figure)) for figure in shown]
+        said += [f"{called} {', '.join(f'{kind} {cell(v, 1.0)}' for kind, v in found)}"] if found[0][1] else []
+    return "; ".join(said)
 
 
 def sets_here(results: Everything) -> str:
-    found = {s: of(results["e2e"], f"{s}/lora") for s in ("webnlg", "dart")}
-    return "; ".join(f"{name}: LoRA BLEU {cell(values, 1.0)}" for name, values in found.items() if values)
+    said = {name: set_here(results, name) for name in ("webnlg", "dart")}
+    return ". ".join(f"{name}: {text}" for name, text in said.items() if text)
 
 
 def domains_here(results: Everything) -> str:

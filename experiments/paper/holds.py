@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper import combined, e2e, glue, which
-from experiments.paper.chosen import of
+from experiments.paper import combined, dimension, e2e, few, glue, which
+from experiments.paper.chosen import of, seeds_of
 from experiments.paper.found import Everything, overfit, planned, steps, watched
 from experiments.paper.tables import mean
 
@@ -19,8 +19,9 @@ def faster_holds(results: Everything) -> str:
 
 
 def step_memory_holds(results: Everything) -> str:
-    found = [full / lora > 2 for _, full, lora in steps(results, "bytes")]
-    return "open" if not found else "agrees" if all(found) else "does not agree"
+    """Two thirds less; and half."""
+    times = [full / lora for _, full, lora in steps(results, "bytes")]
+    return how_far([found > least for found in times for least in (2, 3)])
 
 
 def score(results: Everything, task: str, method: str) -> float:
@@ -39,12 +40,52 @@ def glue_holds(results: Everything) -> str:
 
 
 def e2e_holds(results: Everything) -> str:
-    """LoRA's BLEU above full fine-tuning's."""
-    lora, full = (of(results["e2e"], f"e2e/{method}") for method in ("lora", "full"))
-    if not (lora and full):
+    """LoRA's BLEU above full fine-tuning's, and above every other method's that is there."""
+    return set_holds(results, "e2e")
+
+
+def sets_hold(results: Everything) -> str:
+    return set_holds(results, "webnlg", "dart")
+
+
+def others_hold(results: Everything) -> str:
+    """BitFit and each adapter below LoRA on average."""
+    config, below, whole = glue.Config(), [], True
+    for method in ("bitfit", "houlsby", "pfeiffer"):
+        ours, theirs, tasks = glue.against_lora(config, results["glue"], method)
+        below += [theirs < ours] if tasks else []
+        whole &= tasks == glue.counted(config)
+    return how_far(below) + ("" if whole or not below else " so far")
+
+
+def ranks_hold(results: Everything) -> str:
+    """q at rank 1 more than half a point below rank 8; all four at rank 1 within one."""
+    at = lambda weights, rank: of(results["which"], f"{weights} r={rank}")
+    if not all(at(weights, rank) for weights in ("q", "qkvo") for rank in (1, 8)):
         return "open"
-    held = "agrees" if mean(lora)[0] > mean(full)[0] else "does not agree"
-    return held if len(lora) == len(full) == e2e.Config().seeds else f"{held} so far"
+    less = {weights: mean(at(weights, 8))[0] - mean(at(weights, 1))[0] for weights in ("q", "qkvo")}
+    return how_far([less["q"] > 0.005, less["qkvo"] < 0.01])
+
+
+def dimension_holds(results: Everything) -> str:
+    """The least D on the grid below a hundredth of the parameters; the larger model's share no larger."""
+    config = dimension.Config()
+    found = list(dimension.reached(config, results["dimension"]).values())
+    if len(found) < len(config.models):
+        return "open"
+    shares = [one.share or 1.0 for one in sorted(found, key=lambda one: one.parameters)]
+    return how_far([*(share < 0.01 for share in shares), shares[-1] <= shares[0]])
+
+
+def set_holds(results: Everything, *names: str) -> str:
+    """The same on each of the sets `names`; "so far" while a seed or a method is missing."""
+    config, above, whole = e2e.Config(), [], True
+    for name in names:
+        found = {method: of(results["e2e"], f"{name}/{method}") for method in e2e.NAMES}
+        whole &= all(len(found[method]) == seeds_of(config, method) for method in found)
+        lora = found.pop("lora")
+        above += [mean(lora)[0] > mean(other)[0] for other in found.values() if lora and other]
+    return how_far(above) + ("" if whole or not above else " so far")
 
 
 def preference_holds(results: Everything) -> str:
@@ -54,17 +95,17 @@ def preference_holds(results: Everything) -> str:
 
 
 def combined_holds(results: Everything) -> str:
-    """LoRA + PreEmbed above LoRA on a task at least, LoRA + PreLayer below it."""
+    """LoRA + PreEmbed above LoRA and PreEmbed on one task and not on the other, LoRA + PreLayer below LoRA."""
     if any(of(results["combined"], f"{task}/lora") for task, _ in combined.Config().tasks):
         at = lambda task, method: mean(of(results["combined"], f"{task}/{method}"))[0]
         tasks = [task for task, _ in combined.Config().tasks]
     else:
         at, tasks = (lambda task, method: score(results, task, method)), ["sst2", "snippets"]
-    embed = [at(task, "lora+prompt") > at(task, "lora") for task in tasks]
-    layer = [at(task, "lora+prefix") < at(task, "lora") for task in tasks]
-    if any(np.isnan(at(task, method)) for task in tasks for method in ("lora", "lora+prompt", "lora+prefix")):
+    if any(np.isnan(at(task, method)) for task in tasks for method in combined.NAMES):
         return "open"
-    return "agrees" if any(embed) and all(layer) else "in part" if any(embed) or any(layer) else "does not agree"
+    embed = [at(task, "lora+prompt") > max(at(task, "lora"), at(task, "prompt")) for task in tasks]
+    layer = [at(task, "lora+prefix") < at(task, "lora") for task in tasks]
+    return how_far([any(embed), not all(embed), all(layer)])
 
 
 def which_holds(results: Everything) -> str:
@@ -84,12 +125,16 @@ def rank_holds(results: Everything) -> str:
 
 
 def few_holds(results: Everything) -> str:
-    """At 100 rows LoRA above full fine-tuning, and PreEmbed within five points of chance."""
-    lora, full, prompt = (of(results["few"], f"100/{method}") for method in ("lora", "full", "prompt"))
-    if not (lora and full and prompt):
+    """At 100 rows LoRA above full fine-tuning and PreEmbed within five points of chance; later LoRA and full within one
+    of each other."""
+    at = lambda rows, method: of(results["few"], f"{rows}/{method}")
+    if not (at(100, "lora") and at(100, "full") and at(100, "prompt")):
         return "open"
-    both = [mean(lora)[0] > mean(full)[0], mean(prompt)[0] < 0.55]
-    return how_far(both)
+    held = [mean(at(100, "lora"))[0] > mean(at(100, "full"))[0], mean(at(100, "prompt"))[0] < 0.55]
+    for rows in few.Config().rows[1:]:
+        if at(rows, "lora") and at(rows, "full"):
+            held.append(abs(mean(at(rows, "lora"))[0] - mean(at(rows, "full"))[0]) < 0.01)
+    return how_far(held)
 
 
 def forgetting_holds(results: Everything) -> str:
@@ -123,8 +168,11 @@ def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]
 
 
 def overlap_holds(results: Everything) -> str:
-    """phi(1, all) of A above a half."""
-    return over(results, "lora", lambda found: np.mean(found["A"]["phi(1, all) of ranks, by layer"]) > 0.5)
+    """phi(1, 1) of A above a half between ranks; between seeds above ten times the random."""
+    phi = lambda found, key: np.mean(found["A"][f"phi(1, 1) of {key}, by layer"])
+    return both(
+        results, "lora", lambda found: phi(found, "ranks") > 0.5, lambda found: phi(found, "seeds") > 10 / found["d"]
+    )
 
 
 def both(results: Everything, kind: str, *holds: Callable[[dict[str, Any]], bool]) -> str:
@@ -151,8 +199,10 @@ def low_rank_holds(results: Everything) -> str:
 
 
 def memory_holds(results: Everything) -> str:
-    found = planned(results, "states, GB")
-    return "open" if not found else "agrees, by plan" if found[0] / found[1] > 3 else "does not agree"
+    """What lies there between steps, and the whole of a step: three times less."""
+    found = [planned(results, key) for key in ("states, GB", "step, GB")]
+    held = how_far([pair[0] / pair[1] >= 3 for pair in found if pair])
+    return held if held == "open" else f"{held}, by plan"
 
 
 def checkpoint_holds(results: Everything) -> str:

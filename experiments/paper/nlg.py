@@ -2,8 +2,8 @@
 
     pip install sacrebleu nltk pycocoevalcap        # the last needs Java for METEOR 1.5 and the PTB tokenizer
 
-BLEU is sacreBLEU's, NIST NLTK's with n = 5; METEOR, ROUGE-L and CIDEr are those of the COCO captions, after its
-tokenizer, which lowers case and drops punctuation, as in the challenge's own script.
+BLEU is sacreBLEU's without regard to case, NIST NLTK's with n = 5; METEOR, ROUGE-L and CIDEr are those of the COCO
+captions, after its tokenizer, which lowers case and drops punctuation, as in the challenge's own script.
 """
 
 from __future__ import annotations
@@ -52,4 +52,6 @@ def scores(written: Texts, references: Sequence[Texts]) -> dict[str, float]:
     """{bleu, nist, meteor, rouge, cider} in the paper's units: all but NIST and CIDEr out of 100."""
     held = captions(written, references)
     percent = {name: 100 * held[name] for name in ("meteor", "rouge")}
-    return {"bleu": bleu(written, references), "nist": nist(written, references), **percent, "cider": held["cider"]}
+    lower = lambda texts: [text.lower() for text in texts]
+    words = bleu(lower(written), [lower(refs) for refs in references])
+    return {"bleu": words, "nist": nist(written, references), **percent, "cider": held["cider"]}

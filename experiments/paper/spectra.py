@@ -53,11 +53,11 @@ def svd_of_product(a: Any, b: Any) -> Svd:
 
 def amplified(w: Any, of_w: Svd, change: Svd, rank: int, seed: int = 0) -> dict[str, float]:
     """Table 7 for one matrix: ||U^T W V||_F with U, V the first `rank` directions of the change, of W itself and random
-    ones; the norms of W and of the change; factor: the change's norm over the first."""
+    ones; the norm of W, and that of the change in its first `rank` directions; factor: the latter over the first."""
     w = np.asarray(w, np.float64)
     seen = lambda u, vt: float(np.linalg.norm(u[:, :rank].T @ w @ vt[:rank].T))
     left, right = (np.linalg.qr(gaussian((size, rank), seed + n))[0] for n, size in enumerate(w.shape))
-    of_change, size = seen(change[0], change[2]), float(np.linalg.norm(change[1]))
+    of_change, size = seen(change[0], change[2]), float(np.linalg.norm(change[1][:rank]))
     return {
         "of change": of_change,
         "of W": seen(of_w[0], of_w[2]),

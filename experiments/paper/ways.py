@@ -24,5 +24,6 @@ def way(model: str, method: str) -> dict[str, Any]:
     return {**PAPER_TARGETS[model], "method": method, **SIZES[TASK[model]].get(method, {})}
 
 
-def rates_of(method: str) -> tuple[float, ...]:
-    return RATES.get(method, USUAL)
+def rates_of(*methods: str, **others: tuple[float, ...]) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """((method, the rates that are tried), ...). others: those of a method where they differ here."""
+    return tuple((method, others.get(method) or RATES.get(method, USUAL)) for method in methods)

@@ -65,7 +65,7 @@ def show(config: Config, done: Results) -> Shown:
     ]
     note = (
         f"{config.task} dev, accuracy x 100, mean ± half the 95 % interval over seeds (how many); "
-        f"{config.steps} steps of 16."
+        f"{config.steps} steps of 16 at one rate, {config.rate:g}, that was not searched."
     )
     return Shown(
         [

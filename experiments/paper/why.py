@@ -42,12 +42,12 @@ class Config:
     folder: str = "runs/why"
     """Where factors lie between cells."""
     subjects: tuple[tuple[str, Subject], ...] = (
-        ("MiniLM, SST-2", Subject(ENCODER, 150, 3e-3, 1e-4, 2)),
+        ("MiniLM, SST-2", Subject(ENCODER, 300, 3e-3, 1e-4, 2)),
         ("SmolLM2, movie snippets", Subject(DECODER, 60, 1e-3, 5e-5, 14)),
     )
     ranks: tuple[int, int] = (8, 64)
-    top: int = 4
-    """Directions counted in table 7."""
+    top: int = 8
+    """Directions of what full fine-tuning changes that are counted in table 7; of LoRA's all its rank."""
 
 
 SMALL = Config(
@@ -124,8 +124,7 @@ def lora_cell(work: Any, subject: Subject, config: Config, done: Results) -> dic
         out[name] |= {"random": rounded(chance[:small], 3), "d": d}
         ws = [(w, spectra.svd(w)) for w in np.asarray(weights[name])]
         for rank in (small, large):
-            top = min(config.top, rank)
-            each = [spectra.amplified(*w, change, top) for w, change in zip(ws, products[rank], strict=True)]
+            each = [spectra.amplified(*w, change, rank) for w, change in zip(ws, products[rank], strict=True)]
             out[name][f"table 7, r = {rank}"] = {key: rounded(np.mean([one[key] for one in each])) for key in each[0]}
     return out
 
@@ -178,13 +177,12 @@ def show(config: Config, done: Results) -> Shown:
             if weight == "seconds":
                 continue
             for what in ("A", "AB"):
-                of = {key: found[what][f"{key}, by layer"] for key in ("phi(1, all) of ranks", "phi(1, 1) of seeds")}
-                figures = [
-                    line(of["phi(1, all) of ranks"]),
-                    f"{large / found['d']:.3f}",
-                    line(of["phi(1, 1) of seeds"]),
-                ]
-                similar.append([name, weight, what, *figures, f"{1 / found['d']:.3f}"])
+                first, whole, seeds = (
+                    line(found[what][f"phi({of}, by layer"])
+                    for of in ("1, 1) of ranks", "1, all) of ranks", "1, 1) of seeds")
+                )
+                random = f"{1 / found['d']:.3f}"
+                similar.append([name, weight, what, first, seeds, random, whole, f"{large / found['d']:.3f}"])
             for rank in config.ranks:
                 seven.append([name, weight, f"LoRA r = {rank}", *seven_of(found[f"table 7, r = {rank}"])])
         for weight, found in done.get(f"{name}/full", {}).items():
@@ -198,11 +196,13 @@ def show(config: Config, done: Results) -> Shown:
             )  # fmt: skip
     if similar:
         note = (
-            f"Overlap phi of the first input direction at r = {small} with all {large} of r = {large} (beside it what "
-            f"random ones have on average), and of the first ones of two seeds at r = {large}; of A as in the paper, "
-            "and of A·B, which starts at zero, where A starts at random; mean over layers (least to most)."
+            f"Overlap phi of the first input directions at r = {small} and r = {large}, and of those of two seeds at "
+            f"r = {large} (beside them what random ones have on average); then of the first at r = {small} with all "
+            f"{large} of r = {large}. Of A as in the paper, and of A·B, which starts at zero, where A starts at "
+            "random; mean over layers (least to most)."
         )
-        head = ["model", "weight", "of", f"phi(1, {large}) of ranks", "random", "phi(1, 1) of seeds", "random"]
+        head = ["model", "weight", "of", "phi(1, 1) of ranks", "phi(1, 1) of seeds", "random"]
+        head += [f"phi(1, {large}) of ranks", "random"]
         shown.tables.append(Table(head, similar, note))
     if full:
         note = "What full fine-tuning changes, W' - W: the share of its squared norm in its first 8 and 64 directions."
@@ -210,8 +210,8 @@ def show(config: Config, done: Results) -> Shown:
         shown.tables.append(Table(head, full, note))
     if seven:
         note = (
-            f"Table 7: ||U^T W V|| with the first {config.top} directions of the change, of W, of random; mean over "
-            "layers."
+            f"Table 7: ||U^T W V|| with the directions of the change (LoRA's all, full fine-tuning's first "
+            f"{config.top}), as many of W, of random ones; mean over layers."
         )
         head = ["model", "weight", "change by", "change's", "W's", "random", "norm of W", "of change", "amplified by"]
         shown.tables.append(Table(head, seven, note))
