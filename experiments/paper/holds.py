@@ -82,7 +82,7 @@ def set_holds(results: Everything, *names: str) -> str:
     config, above, whole = e2e.Config(), [], True
     for name in names:
         found = {method: of(results["e2e"], f"{name}/{method}") for method in e2e.NAMES}
-        whole &= all(len(found[method]) == seeds_of(config, method) for method in found)
+        whole &= all(len(scores) >= seeds_of(config, method) for method, scores in found.items())
         lora = found.pop("lora")
         above += [mean(lora)[0] > mean(other)[0] for other in found.values() if lora and other]
     return how_far(above) + ("" if whole or not above else " so far")
