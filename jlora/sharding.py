@@ -189,7 +189,7 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh, labels: int = 0) -> dict[s
     without positions has one entry a row: [b, ...] becomes [n, b/n, ...].
 
     A global position would send every hidden state to every device. labels: l' is at least this, and at least l/n,
-    so that it seldom changes. Raises ValueError if the rows do not divide.
+    so that it seldom changes; a multiple of 8. Raises ValueError if the rows do not divide.
     """
     n = batch_shards(mesh)
     rows, length = batch["tokens"].shape
@@ -200,8 +200,8 @@ def split_batch(batch: Mapping[str, Any], mesh: Mesh, labels: int = 0) -> dict[s
     span = rows // n * length
     owner, used = np.asarray(batch["positions"]) // span, np.asarray(batch["weights"]) != 0
     chosen = [np.flatnonzero(used & (owner == part)) for part in range(n)]
-    least = max(labels, -(-len(used) // n), rows // n)
-    size = max(least, -(-max(map(len, chosen)) // 8) * 8)  # a few shapes, so a few compilations
+    least = max(labels, -(-len(used) // n), rows // n, *map(len, chosen))
+    size = -(-least // 8) * 8  # a few shapes, so a few compilations
     out: dict[str, Any] = {}
     for name, array in batch.items():
         if array.ndim == 2:

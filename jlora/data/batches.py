@@ -50,8 +50,9 @@ def collate(
     positions i32 [l] into the flattened [b * s], labels i32 [l] (the token to be written next), weights f32 [l], and
     example i32 [l], which of the batch's examples a label belongs to.
 
-    The head is computed at `positions` only. Slots with no label have weight 0. own: the rows that are filled; the
-    others are another process's. Raises ValueError where it cannot fit.
+    The head is computed at `positions` only. Slots with no label have weight 0. own: the rows whose tokens are filled;
+    the others' are another process's. Labels are everybody's: the shapes `sharding.split_batch` makes depend on them,
+    and must be the same in every process. Raises ValueError where it cannot fit.
     """
     total = sum(map(label_count, examples))
     if len(examples) > batch or total > labels or any(len(e.tokens) > length for e in examples):
@@ -68,11 +69,10 @@ def collate(
     }
     start = 0
     for n, example in enumerate(examples):
-        if own is not None and n not in own:
-            continue
-        size = len(example.tokens)
-        out["tokens"][n, :size] = example.tokens
-        out["mask"][n, :size] = True
+        if own is None or n in own:
+            size = len(example.tokens)
+            out["tokens"][n, :size] = example.tokens
+            out["mask"][n, :size] = True
         where = np.flatnonzero(example.loss_mask[1:])
         slot = slice(start, start + len(where))
         out["positions"][slot] = n * length + where
@@ -88,7 +88,7 @@ class BatchSource:
 
     Examples of one bucket make a batch, so the step compiles once a bucket. `accumulate` > 1 stacks that many
     batches on a leading axis: [accumulate, ...]. `steps` None: one pass in the given order (evaluation), unshuffled.
-    `own`: rows of a batch that are filled; the order stays everybody's.
+    `own`: rows of a batch whose tokens are filled; the order and the labels stay everybody's.
     """
 
     def __init__(

@@ -44,16 +44,15 @@ def collate_packed(
     out["example"][:] = labels
     start = number = 0
     for r, row in enumerate(rows):
-        if own is not None and r not in own:
-            continue
-        at = 0
+        at, mine = 0, own is None or r in own
         for segment, example in enumerate(row, start=1):
             size, where = len(example.tokens), np.flatnonzero(example.loss_mask[1:])
             if at + size > length or start + len(where) > labels:
                 raise ValueError(f"row {r} does not fit {length} tokens and {labels} labels a batch")
             here, slot = slice(at, at + size), slice(start, start + len(where))
-            out["tokens"][r, here], out["mask"][r, here] = example.tokens, True
-            out["segments"][r, here], out["places"][r, here] = segment, np.arange(size)
+            if mine:
+                out["tokens"][r, here], out["mask"][r, here] = example.tokens, True
+                out["segments"][r, here], out["places"][r, here] = segment, np.arange(size)
             out["positions"][slot] = r * length + at + where
             out["labels"][slot] = example.tokens[where + 1]
             out["weights"][slot], out["example"][slot] = 1, number
