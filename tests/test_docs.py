@@ -1,15 +1,24 @@
-"""Every Python block of docs/ runs as printed, after what its page takes for granted; links lead somewhere."""
+"""Every Python block of docs/ runs as printed, after what its page takes for granted; commands have the flags that
+they are printed with; links lead somewhere.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 
+import jlora
+from jlora.cli import COMMANDS, main, parse
+from jlora.io import load
+from jlora.io.peft import save_peft
 from jlora.io.save import hub_arrays, write_shards
 from jlora.models.bert import Bert, BertConfig, hf_tensors
 from tests.small import small_model
@@ -38,8 +47,11 @@ from jlora.io.adapters import load_adapter, save_adapter
     "own-transformer.md": "",
     "llama3-tpu.md": """
 from pathlib import Path
+from jlora.commands.settings import TrainConfig, save_settings
 from tests.small import rows
 rows(Path("."))
+Path("llama").mkdir()
+save_settings(TrainConfig("HuggingFaceTB/SmolLM2-360M", "rows.jsonl", held_out=8, seed=1), Path("llama/settings.yaml"))
 """,
     "training.md": """
 import numpy as np
@@ -86,3 +98,41 @@ def test_links_lead_somewhere():
     for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
             assert "://" in target or (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def commands(path):
+    """The words of each `jlora` line of a page, as bash takes them."""
+    for line in re.findall(r"^    (?:.*&& )?(jlora (?:.*\\\n)*.*)$", path.read_text(encoding="utf-8"), re.M):
+        said = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], check=True, capture_output=True, text=True)
+        yield said.stdout.split("\0")[1:-1]
+
+
+@pytest.mark.parametrize("path", [*DOCS.glob("*.md"), DOCS.parent / "README.md"], ids=lambda path: path.name)
+def test_commands_are_taken_as_printed(path, monkeypatch):
+    monkeypatch.setattr("jlora.commands.settings.read_settings", lambda cls, path: {"model": "m", "data": "d"})
+    for name, *words in commands(path):
+        module, settings, _ = COMMANDS[name]
+        config = parse(getattr(importlib.import_module(module), settings), words, f"jlora {name}")
+        assert "://" not in str(getattr(config, "adapter", "")), "an adapter is read from a local folder"
+
+
+def test_the_evaluation_on_e2e(tmp_path, monkeypatch, capsys):
+    """docs/training.md's, on a small model and rows under E2E's names: by the templates of the training."""
+    pytest.importorskip("sacrebleu")
+    (words,) = (words for words in commands(DOCS / "training.md") if words[0] == "eval")
+    trained = yaml.safe_load((DOCS.parent / "experiments/e2e.yaml").read_text())
+    assert [words[words.index(f"--{name}") + 1] for name in ("prompt", "completion")] == [
+        trained["prompt"],
+        trained["completion"],
+    ]
+    monkeypatch.chdir(tmp_path)
+    folder = small_model(tmp_path / "model")
+    base = load(folder)
+    lora = jlora.lorafy(base.params, 2, layouts=base.layouts)[1]
+    save_peft("run-e2e/adapter", lora, jlora.LoraConfig(r=2), base.tensors, base.source)
+    lines = [f'"name[{n}], food[good]",{word} film\n' for n in range(2) for word in ("good", "fine")]
+    (tmp_path / "testset_w_refs.csv").write_text('"mr","ref"\n' + "".join(lines))
+    main([folder if word == trained["model"] else word for word in words] + ["--max-new-tokens", "4", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 4
+    assert {"bleu", "chrf"} <= set(found["difference"])
