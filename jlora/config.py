@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jlora.inits import INITS
+from jlora.inits import CHANGES_BASE, INITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +16,8 @@ class LoraConfig:
     """The settings of one adapter; fields and defaults as in PEFT's class of the same name, where they are here.
 
     init_lora_weights: True (kaiming), or a name of `jlora.inits.INITS`.
-    layers_to_transform: indices in the paths (".../layers_3/..."); a stack of layers under scan is one leaf, and is
-        adapted whole or not at all.
+    layers_to_transform: layer numbers in the paths (layers_3/..., Block_3/...); a stack of layers under scan is one
+        leaf, and is adapted whole or not at all.
     """
 
     r: int = 8
@@ -67,6 +67,13 @@ class LoraConfig:
         if not isinstance(name, str) or name not in INITS:
             raise ValueError(f"init_lora_weights={name!r} is not known: use True or one of {', '.join(INITS)}")
         return str(name)
+
+
+def keep_base(method: str, *, init: str | None = None, config: LoraConfig | None = None, **rest: Any) -> None:
+    """Raises ValueError if these options of `lorafy` change the base, for a method that has factors of its own."""
+    name = init or (config or LoraConfig()).init_name()
+    if name in CHANGES_BASE:
+        raise ValueError(f"init {name!r} takes its factors out of the base, and {method} has others: use 'kaiming'")
 
 
 def check_rank(name: str, value: Any) -> None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora.config import keep_base
 from jlora.leaves import LoraLeaf
 from jlora.lora import Adapter, LoraFactors, is_adapter, leaf_key, lorafy
 from jlora.tree import path_of
@@ -87,7 +88,11 @@ class Budget:
 
 
 def make(params: Any, rank: int | None = None, *, key: Any = None, **options: Any) -> tuple[Any, Any]:
-    """(frozen, trained), options as for `jlora.lorafy` but init: P, Q are N(0, 0.02^2), Λ zero. rank: the first one."""
+    """(frozen, trained), options as for `jlora.lorafy` but init: P, Q are N(0, 0.02^2), Λ zero. rank: the first one.
+
+    Raises ValueError for an init that changes the base.
+    """
+    keep_base("AdaLoRA", **options)
     key = jax.random.key(0) if key is None else key
     frozen, lora = lorafy(params, rank, key=key, **options)
 

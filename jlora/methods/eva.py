@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.config import keep_base
 from jlora.following import FollowingLeaf, Labels, Product
 from jlora.leaves import RANK, contract, is_implicit
 from jlora.lift import lift
@@ -113,8 +114,9 @@ def make(
 
     rho: the largest rank is rho * rank; 1 keeps all ranks alike. mask: of a batch, True for the columns that count (not
     padding). centre: False for directions of x^T x itself. sketch: columns of Omega; all there are, or 4 rho rank.
-    Raises ValueError for no batch, or for a weight that multiplied nothing.
+    Raises ValueError for no batch, for a weight that multiplied nothing, or for an init that changes the base.
     """
+    keep_base("EVA", **options)
     if rho < 1:
         raise ValueError(f"rho {rho}: the largest rank is rho * rank, so 1 or more")
     key = jax.random.key(0) if key is None else key

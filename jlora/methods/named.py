@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jlora.config import LoraConfig
+from jlora.config import LoraConfig, keep_base
 from jlora.lora import is_adapter, lorafy
 from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3, intrinsic, prefix, prefix_kv
 from jlora.methods.plant import leaves_of
@@ -120,8 +120,11 @@ def sight_of_all(sight: Sight, params: Any) -> Sight:
     return dataclasses.replace(sight, apply=lambda p, batch: sight.apply(whole(p), batch))
 
 
-def by_eva(params: Any, c: MethodConfig, layouts: Any, key: Any, sight: Sight) -> tuple[Any, Any]:
+def by_eva(params: Any, c: MethodConfig, layouts: Any, key: Any, sight: Sight | None = None) -> tuple[Any, Any]:
     config = lora_config(c)
+    if sight is None:
+        keep_base("EVA", config=config)
+        return lora(params, c, layouts, key)
     return eva.make(
         params, c.rank, sight.apply, sight.batches, mask=sight.mask, config=config, layouts=layouts, key=key
     )
@@ -150,7 +153,8 @@ METHODS: dict[str, Made] = {
     "bitfit": lambda params, c, layouts, key: bitfit.make(params, layouts=layouts),
     "norms": lambda params, c, layouts, key: bitfit.norms(params),
     "intrinsic": lambda params, c, layouts, key: intrinsic.make(params, c.dimension, projection=c.projection),
-    **dict.fromkeys(("lora", "rslora", "lora-plus", "pissa", "olora", "eva"), lora),
+    **dict.fromkeys(("lora", "rslora", "lora-plus", "pissa", "olora"), lora),
+    "eva": by_eva,
     "dora": by_dora,
     "adalora": by_adalora,
     "ia3": by_ia3,

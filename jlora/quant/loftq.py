@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.config import keep_base
 from jlora.inits import pissa
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, axes_of, lorafy
@@ -36,8 +37,9 @@ def loftq(
     """(frozen, lora) for plain `params`: the adapted weights by LoftQ, the others that `quantised` means by `quantise`.
 
     iterations: T, 1 or more. options: as for `lorafy`, but init. The adapter fits this frozen tree alone: keep both,
-    or merge. Raises ValueError as `lorafy` and `quantise` do.
+    or merge. Raises ValueError as `lorafy` and `quantise` do, and for an init that changes the base.
     """
+    keep_base("LoftQ", **options)
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: LoftQ takes 1 or more")
     frozen, lora = lorafy(params, rank, **options)

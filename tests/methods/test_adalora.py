@@ -28,6 +28,12 @@ def test_schedule():
         adalora.update_budget(1, {}, {}, {}, budget)
 
 
+@pytest.mark.parametrize("options", [{"init": "olora"}, {"config": jlora.LoraConfig(init_lora_weights="olora")}])
+def test_an_init_that_changes_the_base_is_refused(options):
+    with pytest.raises(ValueError, match="init 'olora' takes its factors out of the base, and AdaLoRA has"):
+        adalora.make(PARAMS, 2, **options)
+
+
 def test_regulariser():
     _, trained = adalora.make(PARAMS, 3, key=KEY)
     trained = jitter(trained)

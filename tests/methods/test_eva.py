@@ -128,6 +128,10 @@ def test_refusals():
         eva.make(PARAMS, 2, mlp, X, rho=0.5)
     with pytest.raises(ValueError, match="two/kernel multiplied no activation"):
         eva.make(PARAMS, 2, lambda p, x: x @ p["one"]["kernel"], X)
+    for options in ({"init": "pissa"}, {"config": jlora.LoraConfig(init_lora_weights="olora")}):
+        with pytest.raises(ValueError, match=r"init '(pissa|olora)' takes its factors out of the base, and EVA has"):
+            eva.make(PARAMS, 2, mlp, X, **options)
+    eva.make(PARAMS, 2, mlp, X, init="kaiming", config=jlora.LoraConfig(init_lora_weights="olora"))  # init goes first
 
 
 def test_peft_finds_the_same_directions():

@@ -99,6 +99,16 @@ def test_refusals(bases, tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             named.make(base.params, named.MethodConfig(method=method))
+    sight = named.Sight(lambda params, batch: base.model.apply({"params": params}, batch), [TOKENS])
+    for settings in (
+        {"method": "eva", "init": "pissa"},
+        {"method": "eva+olora"},
+        {"method": "adalora+pissa"},
+        {"method": "adalora", "init": "olora"},
+    ):
+        for seen in (sight, None):  # a dry run sees no batch
+            with pytest.raises(ValueError, match="takes its factors out of the base"):
+                named.make(base.params, dataclasses.replace(SMALL, **settings), layouts=base.layouts, sight=seen)
     settings = dataclasses.replace(SMALL, method="houlsby")
     _, trained = named.make(base.params, settings, layouts=base.layouts)
     save_adapter(tmp_path, base, trained, settings)

@@ -37,3 +37,5 @@ def test_the_start_is_nearer_to_the_base_than_qloras():
     assert off(f(jlora.combine(frozen, lora), x)) < 0.9 * off(f(jlora.quantise({"kernel": w}), x))
     with pytest.raises(ValueError, match="LoftQ takes 1 or more"):
         loftq({"kernel": w}, 8, iterations=0)
+    with pytest.raises(ValueError, match="init 'pissa' takes its factors out of the base, and LoftQ has"):
+        loftq({"kernel": w}, 8, init="pissa")
