@@ -153,7 +153,8 @@ def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices
         sizes = tuple(1 if n == at else size for n, size in enumerate(array.shape))
         offsets = tuple(range(len(batch_out), len(batch_out) + len(others)))
         numbers = lax.GatherDimensionNumbers(offset_dims=offsets, collapsed_slice_dims=(at,), start_index_map=(at,))
-        out = lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"])
+        # past the end nothing is added to what W's own lookup fills in
+        out = lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"], fill_value=0)
         return out, batch_out + tuple(renamed.get(ax, ax) for ax in others)
 
     a, a_axes = rows(leaf.lora_a, leaf.a_axes)

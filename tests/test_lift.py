@@ -1,6 +1,7 @@
 """`lift`: the same results as on materialised weights, without materialising."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,17 @@ def test_a_model_with_everything_in_it(jitted):
     outs = (jax.jit(lifted) if jitted else lifted)(stack, table, ids)
     for out, want in zip(outs, model(stack.materialise(), table.materialise(), ids), strict=True):
         np.testing.assert_allclose(out, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("fill", [None, 0, 7])
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_past_the_end_are_what_the_lookup_fills_them_with(which, fill):
+    leaf = leaves()[which]
+    f = lambda w: jnp.tanh(w.at[jnp.array([1, 99, 2])].get(mode="fill", fill_value=fill))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MaterialisedWarning)  # the tanh of rows of a stack
+        got = lift(f)(leaf)
+    np.testing.assert_allclose(got, f(leaf.materialise()), rtol=1e-5)
 
 
 def test_what_the_function_is_given():
