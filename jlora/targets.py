@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.config import LoraConfig
-from jlora.tree import matches, select
+from jlora.tree import layer_of, matches, select
 
 GROUPS: dict[str, Callable[[str], bool]] = {
     "all-linear": lambda path: True,
@@ -23,10 +23,13 @@ HEAD = {"lm_head", "score", "classifier"}
 
 def known(path: str, layouts: Mapping[str, Any] | None) -> Any:
     """What `layouts` says of `path`: its own entry, an entry that ends in it, or the first pattern that means it."""
-    for name, value in (layouts or {}).items():
-        if name == path or name.endswith("/" + path):
-            return value
-    return next((value for name, value in (layouts or {}).items() if matches(name, path)), None)
+    if not layouts:
+        return None
+    if path in layouts:
+        return layouts[path]
+    meant = next((name for name in layouts if name.endswith(f"/{path}")), None)
+    meant = meant or next((name for name in layouts if matches(name, path)), None)
+    return None if meant is None else layouts[meant]
 
 
 def check_layouts(layouts: Mapping[Any, Any] | None) -> None:
@@ -77,10 +80,9 @@ def named(pattern: str, matrices: Mapping[str, Any], leaves: Mapping[str, Any]) 
 
 
 def in_layers(chosen: list[str], layers: tuple[int, ...]) -> list[str]:
-    numbers = {path: [int(n) for n in re.findall(r"(?:^|[/_])(\d+)(?=/|$)", path)] for path in chosen}
-    if not any(numbers.values()):
+    if all(layer_of(path) is None for path in chosen):
         raise ValueError(f"layers_to_transform={layers}: no layer number in {chosen[0]}; a scanned stack is one leaf")
-    return [path for path in chosen if set(numbers[path]) & set(layers)]
+    return [path for path in chosen if layer_of(path) in layers]
 
 
 def is_matrix(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> bool:

@@ -15,6 +15,12 @@ Targets: TypeAlias = str | Iterable[str] | Callable[[str, Any], bool]
 
 REGEX = re.compile(r"[\\^$*+?\[\](){}|]")
 
+LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)[_/](\d+)(?=/|$)")
+"""The number of a layer that is called one: layers_3/..., h/3/..."""
+STACK = re.compile(r"(?:^|/)(?:layers?|blocks?|h)/(?!\d+(?:/|$))")
+"""A weight whose rows are layers: layers/..., without a number."""
+NUMBER = re.compile(r"(?:^|[/_])(\d+)(?=/|$)")
+
 
 def path_of(keys: tuple[Any, ...]) -> str:
     """A leaf's key path joined by slashes: "layers/self_attn/q_proj/kernel"."""
@@ -48,6 +54,15 @@ def matches(pattern: str, path: str) -> bool:
 def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that means `path`; patterns are tried in order."""
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def layer_of(path: str) -> int | None:
+    """The number of the layer that a weight is in: what `LAYER` finds, else the first one (Block_3/Dense_0/kernel: 3).
+
+    None where there is none, or where the layers are rows of the weight (layers/Dense_0/kernel).
+    """
+    found = LAYER.search(path) or (None if STACK.search(path) else NUMBER.search(path))
+    return int(found[1]) if found else None
 
 
 def select(targets: Targets, leaves: Mapping[str, Any], what: str = "targets") -> list[str]:

@@ -77,6 +77,23 @@ def test_near_lists_four_names_or_says_that_there_is_none():
     assert tree.near("abcd", ["abxy"]) == "; near: abxy"  # half alike
 
 
+@pytest.mark.parametrize(
+    "path, number",
+    [
+        ("layers_3/mlp/kernel", 3),
+        ("h/12/attn/c_attn/kernel", 12),
+        ("encoder_1/layer/4/dense_0/kernel", 4),
+        ("Block_3/Dense_0/kernel", 3),
+        ("mlp/linear_2/w", 2),
+        ("layers/self_attn/q_proj/kernel", None),
+        ("layers/Dense_0/kernel", None),  # rows of a stack
+        ("conv2d/kernel", None),
+    ],
+)
+def test_the_number_of_a_layer(path, number):
+    assert tree.layer_of(path) == number
+
+
 def test_sizes_count_elements_and_bytes_of_every_kind_of_leaf():
     key = jax.random.key(0)
     assert tree.size(TREE) == 62

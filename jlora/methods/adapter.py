@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from jlora.following import FollowingLeaf, Labels, Product, spread
 from jlora.leaves import RANK, contract
 from jlora.lora import Adapter, axes_of, leaf_key
-from jlora.methods.full import LAYER
 from jlora.methods.plant import leaves_of, plant
 from jlora.methods.points import bias_of, find, layout_of
-from jlora.tree import Targets
+from jlora.tree import LAYER, Targets, layer_of
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}
 KINDS: dict[str, dict[str, Any]] = {
@@ -143,7 +142,8 @@ def make(
         may be given: points (keys of `points.POINTS`, names, regexes, or a predicate of (path, leaf)), activation
         ("relu", "gelu", "silu", "tanh"), norm. scaling: what the adapter's result is multiplied by.
     drop: the first layers that get none. key: the PRNG key of `down`, drawn as N(0, 1/inputs); `up` starts at zero.
-    Raises ValueError for a kind or activation that is not known, or points that match nothing.
+    Raises ValueError for a kind or activation that is not known, points that match nothing, or a `drop` of layers that
+    cannot be told.
     """
     if kind not in KINDS:
         raise ValueError(f"adapter kind {kind!r} is not known: {', '.join(KINDS)} are")
@@ -157,13 +157,15 @@ def make(
     key = jax.random.key(0) if key is None else key
     leaves = leaves_of(params)
     made: dict[str, tuple[Any, Any]] = {}
-    for path in find(points or given["points"], leaves, layouts, "points"):
+    chosen, told = find(points or given["points"], leaves, layouts, "points"), False
+    for path in chosen:
         w = leaves[path]
         layout = layout_of(path, w, layouts)
         stack, inner, outer = (axes_of(layout, letters) for letters in ("s", "i" if parallel else "o", "o"))
-        numbered = LAYER.search(path)
-        skipped = drop if stack and not numbered else 0
-        if (numbered and int(numbered[1]) < drop) or (stack and skipped >= w.shape[stack[0]]):
+        rows = bool(stack) and not LAYER.search(path)  # a numbered layer's stack is of experts
+        number, skipped = (None, drop) if rows else (layer_of(path), 0)
+        told |= rows or number is not None
+        if (number is not None and number < drop) or (rows and skipped >= w.shape[stack[0]]):
             continue
         of = lambda axes, w=w: tuple(w.shape[ax] for ax in axes)
         stacked, ins, outs = of(stack), of(inner), of(outer)
@@ -192,6 +194,8 @@ def make(
         else:
             module, names = path.rpartition("/")[0], (path.rpartition("/")[2], bias.rpartition("/")[2])
             made[module] = (None, dataclasses.replace(entry, names=names))
+    if drop and not told:
+        raise ValueError(f"drop={drop}: no layer number in {chosen[0]}")
     if not made:
         raise ValueError(f"drop={drop} leaves no layer with an adapter")
     return plant(params, made)

@@ -9,7 +9,6 @@ their values, but the gradient of the whole stack is computed before its lower r
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -17,10 +16,7 @@ import jax.numpy as jnp
 
 from jlora.lora import Adapter, only_plain
 from jlora.methods.plant import leaves_of, plant, whole
-from jlora.tree import Targets, select
-
-LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)[_/](\d+)(?=/|$)")
-STACK = re.compile(r"(?:^|/)(?:layers?|blocks?|h)/(?!\d+(?:/|$))")
+from jlora.tree import LAYER, STACK, Targets, select
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +42,7 @@ def top(params: Any, layers: int, *, also: Targets = (), key: Any = None) -> tup
     """(frozen, trained): the last `layers` layers train, and the leaves that `also` means (a head, the last norm).
 
     Layers are read from paths: `layers_3/...`, `h/3/...`, or rows of the leaves under `layers/...`.
-    Raises ValueError where there are none, or fewer than asked for.
+    Raises ValueError where there are none, or fewer than asked for, or for a leaf that is quantised.
     """
     leaves = leaves_of(params)
     extra = select(also, leaves, "also") if callable(also) or list(also) else []
@@ -56,9 +52,10 @@ def top(params: Any, layers: int, *, also: Targets = (), key: Any = None) -> tup
     count = max(numbers.values()) + 1 if numbers else leaves[stacked[0]].shape[0] if stacked else 0
     if not 1 <= layers <= count:
         raise ValueError(f"top {layers} layers: the tree has {count}; paths look like {next(iter(leaves), 'none')}")
-    only_plain(leaves, stacked)
+    upper = [path for path, n in numbers.items() if n >= count - layers] if numbers else stacked
+    only_plain(leaves, [*extra, *upper])
     if numbers:
-        made |= {path: (None, leaves[path]) for path, n in numbers.items() if n >= count - layers}
+        made |= {path: (None, leaves[path]) for path in upper}
     else:
-        made |= {path: (leaves[path], TopRows(leaves[path][count - layers :])) for path in stacked}
+        made |= {path: (leaves[path], TopRows(leaves[path][count - layers :])) for path in upper}
     return plant(params, made)

@@ -21,9 +21,8 @@ import numpy as np
 
 from jlora.leaves import is_implicit
 from jlora.lora import Adapter
-from jlora.methods.full import STACK
 from jlora.methods.plant import leaves_of
-from jlora.tree import Targets, path_of, select
+from jlora.tree import STACK, Targets, path_of, select
 
 ENTRIES = 4
 BLOCK = 1 << 18

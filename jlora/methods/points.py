@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.targets import is_matrix, known
-from jlora.tree import Targets, near, select
+from jlora.targets import is_matrix, known, letters_of
+from jlora.tree import STACK, Targets, near, select
 
 POINTS = {
     "key": r"(^|/)(k_proj|key|key_proj|k_lin)/[^/]+$",
@@ -47,8 +47,5 @@ def bias_of(path: str, leaves: Mapping[str, Any]) -> str | None:
 
 def layout_of(path: str, leaf: Any, layouts: Any) -> str:
     """As `targets.letters_of`, a weight [s, i, o] of a scanned model being told from its name `kernel`."""
-    from jlora.targets import letters_of
-
-    if known(path, layouts) is None and len(leaf.shape) == 3 and path.endswith("/kernel"):
-        return "sio" if re.search(r"(^|/)(layers|blocks|layer|h)/", path) else letters_of(path, leaf, layouts)
-    return letters_of(path, leaf, layouts)
+    rows = len(leaf.shape) == 3 and path.endswith("/kernel") and STACK.search(path)
+    return "sio" if rows and known(path, layouts) is None else letters_of(path, leaf, layouts)

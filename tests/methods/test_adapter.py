@@ -69,6 +69,23 @@ def test_scanned_equals_loop_and_drop():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_drop_reads_the_numbers_of_blocks_and_says_where_there_are_none():
+    blocks = {f"Block_{n}": {"Dense_0": {"kernel": W}} for n in range(3)}
+    _, trained = adapter.make(blocks, 2, kind="parallel", points="Dense_0", drop=2)
+    assert [x is None for x in (trained[f"Block_{n}"]["Dense_0"]["kernel"] for n in range(3))] == [True, True, False]
+    stack = {"layers": {"Dense_0": {"kernel": jnp.ones((3, 6, 5))}}}
+    _, trained = adapter.make(stack, 2, kind="parallel", points="Dense_0", drop=1)
+    assert trained["layers"]["Dense_0"]["kernel"].arrays["up"].shape == (2, 2, 5)
+    with pytest.raises(ValueError, match="drop=1: no layer number in fc2/kernel"):
+        adapter.make(PARAMS, 2, points="fc2", drop=1)
+
+
+def test_a_layer_of_its_own_is_no_stack():
+    heads = {"layers": {"0": {"fc2": {"kernel": jnp.ones((6, 2, 5))}}}}
+    with pytest.raises(ValueError, match=r"the axes of layers/0/fc2/kernel \[6, 2, 5\] cannot be told"):
+        adapter.make(heads, 2, kind="parallel", points="fc2")
+
+
 def test_refusals():
     _, params = llama()
     for options, text in (

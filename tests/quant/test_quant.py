@@ -10,6 +10,7 @@ import pytest
 
 import jlora
 from jlora.lora import MergedAsFloats
+from jlora.methods import full
 from jlora.quant import NF4, Int4, merge_quantised
 from jlora.tree import nbytes
 
@@ -152,6 +153,14 @@ def test_what_cannot_be_is_refused():
         jlora.lorafy(base, 2, layouts={".*": "sio"}, init="pissa")
     with pytest.raises(ValueError, match="up is a QuantisedLeaf, and only a plain weight trains whole"):
         jlora.lorafy(base, 2, layouts={".*": "sio"}, targets="down", train="up")
+    layers = jlora.quantise({f"layers_{n}": {"up": draw(8, 8)} for n in range(2)} | {"head": draw(8, 4)}, "int8")
+    with pytest.raises(ValueError, match="layers_1/up is a QuantisedLeaf, and only a plain weight trains"):
+        full.top(layers, 1)
+    plain = {**layers, "layers_1": {"up": draw(8, 8)}}
+    with pytest.raises(ValueError, match="head is a QuantisedLeaf, and only a plain weight trains"):
+        full.top(plain, 1, also="head")
+    _, top = full.top(plain, 1)  # below the top they may be
+    assert top["layers_0"]["up"] is None and top["layers_1"]["up"].shape == (8, 8)
     with pytest.raises(ValueError, match="scheme 'nf3' is not known: nf4, int8, int4"):
         jlora.quantise(stack(), "nf3", layouts={".*": "sio"})
     with pytest.raises(ValueError, match=r"up .* holds infinities or NaN"):
