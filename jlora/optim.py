@@ -22,6 +22,10 @@ def trainable_labels(tree: Any, also: Targets = ()) -> Any:
 
     also: plain leaves that train whole (names, regexes or a predicate); they are labelled "whole".
     For `optax.partition`, e.g. LoRA+ : {"lora_a": adamw(lr), "lora_b": adamw(16 * lr), "frozen": keep()}.
+
+    Only in two trees train AdaLoRA, parts of a fused weight, IA3 where there is a bias, prefixes of a layer and of keys
+    and values, P-tuning's network, the top rows of a stack and intrinsic dimension: one tree holds what they make of
+    the weights, not the numbers that it is made of.
     """
     plain = {path: leaf for path, leaf in paths(tree, is_implicit).items() if not is_implicit(leaf)}
     whole = set(select(also, plain, "also") if callable(also) or list(also) else ())

@@ -5,6 +5,7 @@ lr(B) = ratio * lr(A); the paper advises a ratio near 16. Departure: whatever el
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors
+from jlora.methods.fused import FusedFactors
 from jlora.optim import keep, trainable_labels
 
 
@@ -22,12 +24,13 @@ def labels(tree: Any) -> Any:
         names = {"lora_b": "b", "frozen": "frozen"}
         return jax.tree.map(lambda label: names.get(label, "a"), trainable_labels(tree))
 
-    def at(entry: Any) -> Any:
-        if not isinstance(entry, LoraFactors):
-            return "a"
-        return LoraFactors("a", "b", entry.scaling, entry.layout)
+    def pair(entry: Any) -> bool:
+        return isinstance(entry, LoraFactors | FusedFactors)
 
-    return jax.tree.map(at, tree, is_leaf=lambda x: isinstance(x, LoraFactors))
+    def at(entry: Any) -> Any:
+        return dataclasses.replace(entry, lora_a="a", lora_b="b") if pair(entry) else "a"
+
+    return jax.tree.map(at, tree, is_leaf=pair)
 
 
 def lora_plus(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,26 @@ from jlora.methods.plant import leaves_of, plant
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RowsLeaf(LoraLeaf):
+    """A LoRA weight whose A, the one-hot columns of the ids, is fixed."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("lora_b",)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenRows(Adapter):
     """`rows` [n, d]: what stands in rows `ids` of an embedding [v, d]."""
 
     rows: Any
     ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
-    def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> LoraLeaf:
+    def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> RowsLeaf:
         """The dropout of LoRA's input does not apply: nothing is multiplied before the lookup."""
         index = jnp.asarray(self.ids)
         table = w.materialise() if is_implicit(w) else jnp.asarray(w)
         columns = jax.nn.one_hot(index, table.shape[0], axis=0, dtype=self.rows.dtype)
-        return LoraLeaf(w, columns, self.rows - table[index].astype(self.rows.dtype), path=path)
+        return RowsLeaf(w, columns, self.rows - table[index].astype(self.rows.dtype), path=path)
 
     def describe(self) -> str:
         return f"{len(self.ids)} rows"

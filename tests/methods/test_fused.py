@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from toys import KEY, TOKENS, jitter
 
 import jlora
 from jlora.io.loralib import loralib_arrays, unmerged
 from jlora.methods import fused
+from jlora.methods.lora_plus import lora_plus
 from jlora.models.gpt2 import GPT2, GPT2Config, hf_tensors
 from jlora.tree import size
 
@@ -42,6 +44,16 @@ def test_query_and_value_of_c_attn():
     assert (a.shape, b.shape) == ((6, 8), (16, 3))
     a, b, _ = unmerged(a, b, (8, 24), ENABLE)
     np.testing.assert_allclose(2 * a @ b, delta, atol=1e-5)
+
+
+def test_lora_plus_knows_every_b():
+    params = {"c_attn": {"kernel": jnp.ones((4, 9))}}
+    _, trained = fused.make(params, 2, parts={"c_attn": ENABLE})
+    tx = lora_plus(optax.sgd, 0.1, ratio=3)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, trained), tx.init(trained), trained)
+    entry = updates["c_attn"]["kernel"]
+    np.testing.assert_allclose(entry.lora_a, -0.1, rtol=1e-6)
+    np.testing.assert_allclose(entry.lora_b, -0.3, rtol=1e-6)
 
 
 def test_refusals():

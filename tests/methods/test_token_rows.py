@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jlora
@@ -30,6 +31,19 @@ def test_rows_are_replaced_in_lookup_and_tied_head():
     got = jax.grad(lambda r: loss(f(jlora.combine(frozen, r), TOKENS)))(new)["table"].rows
     want = jax.grad(lambda p: loss(apply(p, TOKENS)))(dense)["table"][jnp.array([4, 7])]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_in_one_tree_the_rows_alone_train():
+    params = {"table": jax.random.normal(jax.random.key(0), (9, 5))}
+    tree = jlora.combine(*token_rows.make(params, {"table": [4, 7]}))
+    tx = jlora.only_trainable(optax.sgd(0.1))
+    grads = jax.grad(lambda t: jnp.sum(jlora.lift(apply, strict=True)(t, TOKENS) ** 2))(tree)
+    updates, _ = tx.update(grads, tx.init(tree), tree)
+    after = optax.apply_updates(tree, updates)["table"].materialise()
+    others = jnp.array([n for n in range(9) if n not in (4, 7)])
+    np.testing.assert_array_equal(after[others], params["table"][others])
+    assert jnp.abs(after - params["table"])[jnp.array([4, 7])].min() > 0
+    assert sum(jax.tree.leaves(jlora.trainable_mask(tree))) == 1
 
 
 @pytest.mark.parametrize("ids", [{"tables": [1]}, {"table": [9]}, {"table": [1, 1]}, {"table": []}])
