@@ -172,7 +172,9 @@ def generate_text(
     config = ends(config, tokenizer)
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     if stop and config.beams == 1:
-        return ["".join(stream(model, params, tokenizer, row, config, stop=stop, key=key)) for row in rows]
+        keys = [None if key is None else jax.random.fold_in(key, n) for n in range(len(rows))]
+        alone = lambda row, own: "".join(stream(model, params, tokenizer, row, config, stop=stop, key=own))
+        return list(map(alone, rows, keys))
     new = generate(model, params, *pad_left(rows), config, key)
     return [cut(tokenizer.decode(row, skip_special_tokens=True), stop)[0] for row in new]
 

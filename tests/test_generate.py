@@ -136,6 +136,17 @@ def test_a_stream_adds_up_to_the_text_and_stops_at_a_string():
     assert generate_text(model, params, words, ["good film"], config, stop=[stop]) == [whole[:first]]
 
 
+def test_equal_prompts_are_drawn_each_by_itself():
+    model, params = small()
+    config = GenerateConfig(max_new_tokens=16, temperature=1.0)
+    options = {"stop": ["never written"], "key": jax.random.key(0)}
+    one, two = generate_text(model, params, tokenizer(), ["good film"] * 2, config, **options)
+    assert one != two
+    assert generate_text(model, params, tokenizer(), ["good film"] * 2, config, **options) == [one, two]
+    with pytest.raises(ValueError, match="needs key="):
+        generate_text(model, params, tokenizer(), ["good film"], config, stop=["x"])
+
+
 @pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"beams": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}])
 def test_settings_out_of_range(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* out of its range"):
