@@ -12,7 +12,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -134,12 +134,11 @@ def lorafy(
     train: leaves to train whole (a bias, a new head).
     config: a `LoraConfig` in place of all of these but key, layouts and dtype.
 
-    Raises ValueError if nothing matches a target, if the axes of a weight cannot be told, or for a rank below 1.
+    Raises ValueError if nothing matches a target or pattern, if a weight's axes cannot be told, or for a rank below 1.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype {dtype}: factors are floats")
-    if key is not None and not hasattr(key, "dtype"):
-        raise ValueError(f"key {key!r:.40}: a PRNG key is expected, as jax.random.key(0)")
+    key = jax.random.key(0) if key is None else typed(key)
     check_layouts(layouts)
     given = config or LoraConfig()
     if rank is not None:
@@ -157,10 +156,10 @@ def lorafy(
         "modules_to_save": train or None,
     }
     given = dataclasses.replace(given, **{name: value for name, value in changes.items() if value is not None})
-    key = jax.random.key(0) if key is None else key
-
     leaves = paths(params, is_implicit)
-    whole = fully_trained(given, leaves)
+    for name in ("rank_pattern", "alpha_pattern"):
+        select(getattr(given, name), leaves, name)  # a misspelt one is told, as a target's is
+    whole = fully_trained(given, leaves, "train" if changes["modules_to_save"] else "modules_to_save")
     only_plain(leaves, whole)
     chosen = [path for path in targeted(given, leaves, layouts) if path not in whole]
     made: dict[str, tuple[Any, LoraFactors]] = {}
@@ -187,14 +186,27 @@ def only_plain(leaves: Mapping[str, Any], chosen: Iterable[str]) -> None:
             raise ValueError(f"{path} is a {type(leaves[path]).__name__}, and only a plain weight trains whole")
 
 
-def fully_trained(config: LoraConfig, leaves: Mapping[str, Any]) -> set[str]:
+def fully_trained(config: LoraConfig, leaves: Mapping[str, Any], what: str) -> set[str]:
+    """The paths of what trains whole. what: the argument that names them, for the error."""
     train: Targets = config.modules_to_save
-    whole = set(select(train, leaves, "modules_to_save") if train else ())
+    whole = set(select(train, leaves, what) if train else ())
     if config.bias == "all":
         whole |= {path for path in leaves if path.rsplit("/", 1)[-1] in ("bias", "b", "beta")}
     elif config.bias != "none":
         raise ValueError(f"bias={config.bias!r} is not known: use 'none' or 'all', or name biases in modules_to_save")
     return whole
+
+
+def typed(key: Any) -> Any:
+    """A PRNG key as `jax.random.key` gives it; the numbers [2] of `jax.random.PRNGKey` have an axis more.
+
+    Raises ValueError for what is no key.
+    """
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key {key!r:.40}: a PRNG key is expected, as jax.random.key(0)")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return cast(Any, jax.random.wrap_key_data(key))
 
 
 def leaf_key(key: Any, path: str) -> Any:
@@ -274,6 +286,7 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
         raise ValueError(f"dropout {dropout!r:.40}: it must be at least 0 and below 1")
     if dropout and key is None:
         raise ValueError("dropout needs key=: a fresh PRNG key each step (leave both out to evaluate)")
+    key = None if key is None else typed(key)
     if isinstance(lora, Together):
         for n, tree in enumerate(lora.trees):
             frozen = combine(frozen, tree, dropout=dropout, key=None if key is None else jax.random.fold_in(key, n))

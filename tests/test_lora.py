@@ -207,6 +207,20 @@ def test_dropout_needs_a_key_and_a_probability():
         jlora.combine(frozen, lora, dropout=1.0, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("shape, layout", [((8, 3), "io"), ((2, 8, 3), "sio")])
+def test_an_old_key_is_the_new_one(shape, layout):
+    frozen, lora = jlora.lorafy({"w": jnp.ones(shape)}, 2, layouts={"w": layout}, key=jax.random.PRNGKey(3))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        lora,
+        jlora.lorafy({"w": jnp.ones(shape)}, 2, layouts={"w": layout}, key=jax.random.key(3))[1],
+    )
+    f = jax.jit(jlora.lift(lambda p, x: jnp.matmul(x, p["w"]), strict=True))
+    with_key = lambda key: f(jlora.combine(frozen, moved(lora), dropout=0.5, key=key), jnp.ones((*shape[:-2], 5, 8)))
+    np.testing.assert_array_equal(with_key(jax.random.PRNGKey(1)), with_key(jax.random.key(1)))
+    assert float(jnp.abs(with_key(jax.random.key(1)) - with_key(jax.random.PRNGKey(2))).max()) > 0
+
+
 def test_swapping_tasks_compiles_nothing():
     frozen, lora = jlora.lorafy(weights(), 4)
     traces = []

@@ -45,6 +45,23 @@ WRONG = {
     "alpha NaN": (lambda: jlora.lorafy(P, 2, alpha=float("nan")), "lora_alpha=nan"),
     "alpha by a list": (lambda: jlora.lorafy(P, 2, alpha_pattern=["up"]), "alpha_pattern="),
     "a key of a number": (lambda: jlora.lorafy(P, 2, key=0), r"key 0: a PRNG key .*jax.random.key\(0\)"),
+    "a rank of no weight": (
+        lambda: jlora.lorafy(P, 2, rank_pattern={"up": 3, "dwon": 4}),
+        "rank_pattern: 'dwon' matches no leaf; near: down",
+    ),
+    "an alpha of no weight": (
+        lambda: jlora.lorafy(P, config=jlora.LoraConfig(alpha_pattern={"ups": 4})),
+        "alpha_pattern: 'ups' matches no leaf; near: up",
+    ),
+    "nothing to train whole": (lambda: jlora.lorafy(P, 2, train="upp"), "^train: 'upp' matches no leaf; near: up"),
+    "no module to save": (
+        lambda: jlora.lorafy(P, config=jlora.LoraConfig(modules_to_save=["upp"])),
+        "^modules_to_save: 'upp' matches no leaf; near: up",
+    ),
+    "a key of a number for dropout": (
+        lambda: jlora.combine(FROZEN, LORA, dropout=0.5, key=0),
+        r"key 0: a PRNG key .*jax.random.key\(0\)",
+    ),
     "no targets": (lambda: jlora.lorafy(P, 2, targets=[]), "nothing is left"),
     "targets of numbers": (lambda: jlora.lorafy(P, 2, targets=[3]), "target_modules="),
     "no regex": (lambda: jlora.lorafy(P, 2, targets="("), r"'\(' is no regex"),
