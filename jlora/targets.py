@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.tree import layer_of, matches, select
 
-GROUPS: dict[str, Callable[[str], bool]] = {
-    "all-linear": lambda path: True,
-    "attention": lambda path: re.search(r"att(n|ention)", path, re.I) is not None,
-    "mlp": lambda path: re.search(r"mlp|ffn|feed_?forward|intermediate", path, re.I) is not None,
+GROUPS = {
+    "all-linear": re.compile(""),
+    "attention": re.compile(r"att(n|ention)", re.I),
+    "mlp": re.compile(r"mlp|ffn|feed_?forward|intermediate|(^|/)fc[12](/|$)|(?<!attention/)\boutput/dense(/|$)", re.I),
 }
-EMBEDDING = re.compile(r"embed|(^|/)wte|(^|/)wpe|position", re.I)
+EMBEDDING = re.compile(r"embed|(^|/)wte|(^|/)wpe|position(?!.?wise)", re.I)
 VECTOR = {"bias", "scale", "b", "g", "gamma", "beta", "offset", "mean", "var"}
 HEAD = {"lm_head", "score", "classifier"}
 
@@ -54,7 +54,7 @@ def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str
         chosen: list[str] = []
         for pattern in [wanted] if isinstance(wanted, str) else list(wanted):
             if pattern in GROUPS:
-                found = [p for p in matrices if GROUPS[pattern](p) and is_linear(p, layouts)]
+                found = in_group(pattern, matrices, layouts)
                 if not found:
                     raise ValueError(f"targets: {pattern!r} finds no linear weight; name them, or give layouts=")
                 chosen += found
@@ -68,6 +68,11 @@ def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str
     if not chosen:
         raise ValueError("targets: nothing is left to adapt after exclude_modules and layers_to_transform")
     return [path for path in leaves if path in set(chosen)]
+
+
+def in_group(name: str, matrices: Iterable[str], layouts: Mapping[str, Any] | None) -> list[str]:
+    """The linear weights of one of `GROUPS`."""
+    return [path for path in matrices if GROUPS[name].search(path) and is_linear(path, layouts)]
 
 
 def named(pattern: str, matrices: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:

@@ -1,12 +1,63 @@
-"""Which weights are meant: layers by number, and the entry of `layouts` that a path gets."""
+"""Which weights are meant: a group in models of several families, layers by number, and the entry of `layouts` that a
+path gets."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
+from jlora.lora import is_adapter
+from jlora.models.bert import Bert, BertConfig
+from jlora.models.deberta import Deberta, DebertaConfig
+from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models.llama import Llama, LlamaConfig
 from jlora.targets import known
 from jlora.tree import paths
+
+MODELS = {
+    "bert": Bert(BertConfig(31, 16, 24, 2, 4), scan_layers=False),
+    "deberta": Deberta(DebertaConfig(31, 16, 24, 2, 4), scan_layers=False),
+    "gpt2": GPT2(GPT2Config(31, 16, 8, 2, 2), scan_layers=False),
+    "llama": Llama(LlamaConfig(31, 16, 24, 2, 4, 2, 4), scan_layers=False),
+}
+MLP = {
+    "bert": {"intermediate/dense", "output/dense"},
+    "deberta": {"intermediate/dense", "output/dense"},
+    "gpt2": {"mlp/c_fc", "mlp/c_proj"},
+    "llama": {"mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"},
+}
+
+
+def chosen(params, **options):
+    return set(paths(jax.eval_shape(lambda p: jlora.lorafy(p, 2, **options)[1], params), is_adapter))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mlp_and_attention_part_the_layers_between_them(name):
+    model = MODELS[name]
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), int)))["params"]
+    mlp, attention, every = (chosen(params, targets=group) for group in ("mlp", "attention", "all-linear"))
+    top = {"deberta": "encoder/", "bert": "encoder/"}.get(name, "")
+    stem = top + {"gpt2": "h_", "llama": "layers_"}.get(name, "layer_")
+    assert mlp == {f"{stem}{n}/{weight}/kernel" for n in (0, 1) for weight in MLP[name]}
+    assert mlp | attention == every and not mlp & attention
+
+
+def test_names_of_other_libraries():
+    """Haiku's and OPT's MLPs; a module called position-wise is no table of positions."""
+    w = np.ones((4, 4), np.float32)
+    params = {
+        "PositionwiseFeedForward_0": {"Dense_0": {"kernel": w}},
+        "position_table": {"kernel": w},
+        "layers": {"fc1": {"kernel": w}, "fc2": {"kernel": w}, "out_proj": {"kernel": w}},
+        "crossattention": {"output": {"dense": {"kernel": w}}},
+    }
+    mlp = {"PositionwiseFeedForward_0/Dense_0/kernel", "layers/fc1/kernel", "layers/fc2/kernel"}
+    assert chosen(params, targets="mlp") == mlp
+    every = mlp | {"layers/out_proj/kernel", "crossattention/output/dense/kernel"}
+    assert chosen(params, targets="all-linear") == every
+
 
 BLOCKS = {f"Block_{n}": {f"Dense_{m}": {"kernel": jnp.ones((4, 4))} for m in range(2)} for n in range(3)}
 

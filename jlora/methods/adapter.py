@@ -139,7 +139,7 @@ def make(
     """(frozen, trained): an adapter of `width` at each product with a weight that `points` means.
 
     kind: "houlsby", "pfeiffer", "lin" or "parallel": where they stand and what they are (`KINDS`), each part of which
-        may be given: points (keys of `points.POINTS`, names, regexes, or a predicate of (path, leaf)), activation
+        may be given: points (as `points.find` takes them, or a predicate of (path, leaf)), activation
         ("relu", "gelu", "silu", "tanh"), norm. scaling: what the adapter's result is multiplied by.
     drop: the first layers that get none. key: the PRNG key of `down`, drawn as N(0, 1/inputs); `up` starts at zero.
     Raises ValueError for a kind or activation that is not known, points that match nothing, or a `drop` of layers that

@@ -54,8 +54,8 @@ def make(
 ) -> tuple[Any, Any]:
     """(frozen, trained): `targets` are weights whose outputs are scaled, `feedforward` those whose inputs are.
 
-    Both: keys of `points.POINTS`, names, regexes, or a predicate of (path, leaf). Raises ValueError if one matches
-    nothing.
+    Both: keys of `points.POINTS`, groups ("attention"), names, regexes, or a predicate of (path, leaf). Raises
+    ValueError if one matches nothing.
     """
     leaves = leaves_of(params)
     inputs = find(feedforward, leaves, layouts, "feedforward") if callable(feedforward) or feedforward else []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.targets import is_matrix, known, letters_of
+from jlora.targets import GROUPS, in_group, is_matrix, known, letters_of
 from jlora.tree import STACK, Targets, near, select
 
 POINTS = {
@@ -21,20 +21,25 @@ POINTS = {
 
 
 def find(points: Targets, leaves: Mapping[str, Any], layouts: Any, what: str) -> list[str]:
-    """The paths of the matrices that `points` means: keys of `POINTS`, names, regexes or a predicate, in tree order.
+    """The paths of the matrices that `points` means: keys of `POINTS`, groups of `targets.GROUPS`, names, regexes or a
+    predicate, in tree order.
 
     Raises ValueError for one that matches no matrix.
     """
     if callable(points):
         return select(points, leaves, what)
+    matrices = [path for path, leaf in leaves.items() if is_matrix(path, leaf, layouts)]
     chosen: set[str] = set()
     for point in [points] if isinstance(points, str) else points:
-        hits = [path for path in leaves if re.search(POINTS[point], path)] if point in POINTS else []
-        hits = hits if point in POINTS else select(point, leaves, what)
-        found = [path for path in hits if is_matrix(path, leaves[path], layouts)]
+        if point in POINTS:
+            found = {path for path in matrices if re.search(POINTS[point], path)}
+        elif point in GROUPS:
+            found = set(in_group(point, matrices, layouts))
+        else:
+            found = set(select(point, leaves, what)).intersection(matrices)
         if not found:
             raise ValueError(f"{what}: {point!r} matches no matrix{near(point, leaves)}")
-        chosen.update(found)
+        chosen |= found
     return [path for path in leaves if path in chosen]
 
 

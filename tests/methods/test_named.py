@@ -11,7 +11,7 @@ from toys import CONFIG, KEY, TOKENS, jitter
 import jlora
 from jlora.io import Pretrained
 from jlora.io.adapters import load_adapter, save_adapter
-from jlora.lora import on_plain_base
+from jlora.lora import is_adapter, on_plain_base
 from jlora.methods import named
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.bert import hf_tensors as bert_tensors
@@ -88,6 +88,25 @@ def test_eva_looks_past_what_trains_whole(bases):
     np.testing.assert_allclose(there.T @ there, np.eye(there.shape[1]), atol=1e-4)
     drawn = jax.tree.leaves(make(None)[1], is_leaf=lambda e: hasattr(e, "lora_a"))
     assert not any(np.allclose(np.sum(e.lora_a[0] ** 2, 0), 1) for e in drawn if hasattr(e, "lora_a"))
+
+
+def test_ia3_takes_the_groups_that_lora_takes(bases):
+    base = bases["decoder"]
+    for group, own in (("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}), ("mlp", {"gate_proj", "up_proj"})):
+        settings = dataclasses.replace(SMALL, method="ia3", targets=(group,))
+        frozen, trained = named.make(base.params, settings, layouts=base.layouts, key=KEY)
+        vectors = {path.split("/")[-2]: leaf for path, leaf in jlora.tree.paths(trained, is_adapter).items()}
+        assert set(vectors) == own | ({"down_proj"} if group == "mlp" else set())
+        widths = {name: frozen["layers"][where(name)][name]["kernel"].shape[-1] for name in own}
+        assert {name: vectors[name].scale.shape[-1] for name in own} == widths
+    assert vectors["down_proj"].scale.shape == (3, CONFIG.intermediate_size)  # what it multiplies is scaled
+    gone = dataclasses.replace(SMALL, method="ia3", targets=("mlp",))
+    with pytest.raises(ValueError, match="targets: 'mlp' matches no matrix"):
+        named.make({"q_proj": {"kernel": TOKENS * 1.0}}, gone)
+
+
+def where(name):
+    return "self_attn" if name[0] in "qkvo" else "mlp"
 
 
 def test_refusals(bases, tmp_path):
