@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jlora.audit import signatures, wide
+from jlora.leaves import is_implicit
 from jlora.tree import nbytes, paths
 
 KINDS = {
@@ -100,7 +101,7 @@ def instruction_seconds(folder: Path, known: Container[str]) -> dict[str, float]
 
 def kinds_of(text: str, frozen: Any) -> dict[str, tuple[str, str]]:
     """{instruction: (one of `KINDS`, the scopes it was traced under)} of a program's text."""
-    weights = {path: leaf for path, leaf in paths(frozen).items() if len(wide(leaf.shape)) > 1}
+    weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if len(wide(leaf.shape)) > 1}
     shapes = set(signatures(weights))
     lines = [match.groups() for match in map(LINE.match, text.splitlines()) if match]
     dims = {name: wide(int(n) for n in size.split(",") if n) for name, size, _, _ in lines}

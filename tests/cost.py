@@ -42,12 +42,14 @@ def version() -> str:
     return ".".join(jax.__version__.split(".")[:2])
 
 
-def step_of(name):
-    """(jitted step, its arguments as shapes)."""
+def step_of(name, scheme=None):
+    """(jitted step, its arguments as shapes); scheme: of a quantised base."""
     targets, remat, scan = STEPS[name]
     model = Llama(CONFIG, remat=remat, scan_layers=scan)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     layouts = {t.path: "sio" for t in hf_tensors(CONFIG) if t.layer is not None and t.path.endswith("/kernel")}
+    if scheme:
+        shapes = jax.eval_shape(lambda p: jlora.quantise(p, scheme, layouts=layouts), shapes)
     frozen, lora = jax.eval_shape(
         lambda p: jlora.lorafy(p, 4, targets=targets, layouts=layouts if scan else None), shapes
     )
