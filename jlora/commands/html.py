@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from jlora.io.beside import put
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --back: #fff; --a: #2a6f97;
   --b: #b5541c }
@@ -111,7 +113,5 @@ def chart(lines: list[tuple[int, float]], dots: list[tuple[int, float]]) -> str:
 
 def write_page(path: Path, *parts: Any) -> Path:
     """`page(*parts)`, written beside and renamed."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(page(*parts), encoding="utf-8")
-    beside.replace(path)
+    put(path, page(*parts).encode())
     return path

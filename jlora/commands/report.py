@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jlora.io.beside import beside, put
+
 BLUE, GREY = "#2a6f97", "#adb5bd"
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write beside, then rename."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    put(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -> Path:
@@ -43,7 +43,6 @@ def picture(records: list[dict[str, Any]], report: dict[str, Any], path: Path) -
         count = report["after"].get("examples")
         title = f"{count:.0f} held-out examples" if count else "held-out examples"
         axes[1].set(ylim=(0, 105), ylabel="exact answers, %" if share == "exact" else "right, %", title=title)
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=120)
-    beside.replace(path)
+    with beside(path) as (part,):
+        figure.savefig(part, dpi=120, format="png")
     return path

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jlora.io.beside import put
 from jlora.io.text import one_line
 from jlora.methods.named import MethodConfig
 
@@ -247,9 +248,7 @@ def save_settings(config: Any, path: Path) -> None:
     import yaml
 
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
-    beside.replace(path)
+    put(path, yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 def say(text: str) -> None:

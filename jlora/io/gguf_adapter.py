@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jlora.io.beside import beside, naming
 from jlora.io.gguf import gguf_name
-from jlora.io.peft import beside, module_of, modules, naming
+from jlora.io.peft import module_of, modules
 from jlora.lora import LoraFactors
 from jlora.models.llama import LlamaConfig
 from jlora.models.tensors import HFTensor

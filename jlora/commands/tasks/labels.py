@@ -16,7 +16,7 @@ from jlora.commands.settings import TrainConfig
 from jlora.commands.tasks.answers import Answers, Judge, watched
 from jlora.data import BatchSource, DataError, LabelSource, Row, are_numbers, bucket_lengths, classes_of, label_examples
 from jlora.io import Pretrained
-from jlora.io.peft import put
+from jlora.io.beside import put
 from jlora.train.labels import label_figures, label_sums, outputs
 from jlora.train.loop import Interrupted, Stop
 from jlora.train.metrics import text_metric
