@@ -113,7 +113,7 @@ def load(
     try:
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     except (TypeError, ValueError, ArithmeticError) as error:  # whichever operation meets sizes that do not fit
-        raise ValueError(f"{path}: the sizes of its config do not fit each other: {one_line(error)}") from None
+        raise ValueError(f"{path}: the model of its config cannot be made: {one_line(error)}") from None
     params, fresh = shapes if quantise is None else quantised(shapes, quantise, layouts=layouts_of(tensors)), []
     if weights:
         stored = stored or folder_source(path)

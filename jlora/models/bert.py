@@ -15,15 +15,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jlora.models.causal import layer_input, stacked, through
 from jlora.models.heads import HEADS, Classifier, MaskedLM, Pooler, head_tensors
-from jlora.models.tensors import HFTensor
+from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": nn.gelu,
     "relu": nn.relu,
     "silu": nn.silu,
+    "tanh": jnp.tanh,
 }
+
+
+def check_activations(hub: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError where a field of a `config.json` names an activation that is not in `ACTIVATIONS`."""
+    for name in names:
+        if hub.get(name) not in (None, *ACTIVATIONS):
+            raise ValueError(f"{name} {hub[name]!r} is not supported: {', '.join(ACTIVATIONS)} are")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +59,7 @@ class BertConfig:
         for name, value in only.items():
             if hub.get(name) not in (None, value):
                 raise ValueError(f"{name} {hub[name]!r} is not supported: {value!r} is")
-        if hub.get("hidden_act", "gelu") not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {hub['hidden_act']!r} is not supported: {', '.join(ACTIVATIONS)} are")
+        check_activations(hub, "hidden_act")
         held: dict[str, Any] = {f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None}
         held["num_labels"] = len(hub["id2label"]) if hub.get("id2label") else hub.get("num_labels", 2)
         held.setdefault("pad_token_id", 1 if hub.get("model_type") == "roberta" else 0)
@@ -142,18 +150,19 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer, in the form `nn.scan` wants: (x, what all layers share) -> (x, None)."""
+    """One layer, in the form `nn.scan` wants: (x, None, what all layers share) -> (x, None)."""
 
     config: BertConfig
     dtype: Any
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, allowed: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, own: None, allowed: jax.Array) -> tuple[jax.Array, None]:
         """x [b, s, d] -> [b, s, d]."""
+        x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         x = Attention(*parts, name="attention")(x, allowed)
-        return AddNorm(*parts, name="output")(Intermediate(*parts, name="intermediate")(x), x), None
+        return AddNorm(*parts, name="output")(Intermediate(*parts, name="intermediate")(x), x), own
 
 
 class Encoder(nn.Module):
@@ -162,33 +171,22 @@ class Encoder(nn.Module):
     config: BertConfig
     dtype: Any
     param_dtype: Any
-    scan_layers: bool = True
-    remat: bool | str = False
+    scan_layers: bool
+    remat: bool | str
 
-    @nn.compact
+    def setup(self) -> None:
+        """The layers."""
+        c, parts = self.config, (self.config, self.dtype, self.param_dtype)
+        self.layer = stacked(Layer, parts, c.num_hidden_layers, 1, self.scan_layers, self.remat)
+
     def __call__(self, x: jax.Array, allowed: jax.Array) -> jax.Array:
         """x [b, s, d] -> [b, s, d]."""
-        parts = (self.config, self.dtype, self.param_dtype)
-        layer: Any = Layer
-        if self.remat:
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=policy)
-        if not self.scan_layers:
-            for n in range(self.config.num_hidden_layers):
-                x, _ = layer(*parts, name=f"layer_{n}")(x, allowed)
-            return x
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-            length=self.config.num_hidden_layers,
-        )
-        return stack(*parts, name="layer")(x, allowed)[0]
+        return through(self.layer, x, None, allowed)[0]
 
 
 class Bert(nn.Module):
-    """The encoder under one of the heads "none" (hidden states), "pooled", "classify", "regress", "mlm"."""
+    """The encoder under one of the heads "none" (hidden states), "pooled", "classify", "regress", "mlm". `remat`: as in
+    `stacked`."""
 
     config: BertConfig
     dtype: Any = jnp.float32
@@ -211,7 +209,7 @@ class Bert(nn.Module):
         if judged:
             self.classifier = Classifier(self.config, self.dtype, self.param_dtype, deep=roberta)
         if self.head == "mlm":
-            self.lm_head = MaskedLM(*parts)
+            self.lm_head = MaskedLM(*parts, ACTIVATIONS["gelu" if roberta else self.config.hidden_act])
 
     def hidden(
         self,
@@ -269,17 +267,6 @@ def hf_tensors(config: BertConfig, scan_layers: bool = True, head: str = "none")
     if head == "pooled" or (head in ("classify", "regress") and config.model_type == "bert"):
         out += dense_tensors(f"{prefix}pooler.dense", "pooler/dense")
     return out + head_tensors(head, config.model_type)
-
-
-def dense_tensors(hub: str, path: str, layer: int | None = None) -> list[HFTensor]:
-    """A linear layer's weight and bias."""
-    weight = HFTensor(f"{hub}.weight", f"{path}/kernel", layer, transpose=True)
-    return [weight, HFTensor(f"{hub}.bias", f"{path}/bias", layer)]
-
-
-def norm_tensors(hub: str, path: str, layer: int | None = None) -> list[HFTensor]:
-    """A LayerNorm's scale and bias."""
-    return [HFTensor(f"{hub}.weight", f"{path}/scale", layer), HFTensor(f"{hub}.bias", f"{path}/bias", layer)]
 
 
 def unread(config: BertConfig, names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What decoders share: positions and masks, the cache, and a stack of layers.
+"""What models share: a stack of layers and the tied head; of decoders positions, masks and the cache.
 
 Axes: b batch, s sequence, t keys (the cache's length, or s), h query heads, g key heads, k head size.
 """
@@ -58,12 +58,19 @@ def grown(kv: Any, keys: jax.Array, values: jax.Array, index: Any) -> tuple[Any,
     return (k, v), k, v
 
 
+def empty_cache(layers: int, batch: int, size: int, heads: int, width: int, dtype: Any) -> dict[str, Any]:
+    """A cache for `size` tokens in each of `batch` rows: keys and values [l, b, t, g, k], which of them are real, how
+    many there are."""
+    empty = jnp.zeros((layers, batch, size, heads, width), dtype)
+    return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+
+
 def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
-    """The layers of a decoder, to be set as an attribute in `setup` and run by `through`.
+    """The layers of a model, to be set as an attribute in `setup` and run by `through`.
 
     `shared`: how many arguments all layers get alike. scan: one module over a stack of parameters, else a list of
     them. remat: False, True (keep nothing of a layer but its input), "dots" (keep products with weights too) or
-    "offload" (keep the input in the host's memory).
+    "offload" (keep the input, as `layer_input` names it, in the host's memory). Raises ValueError for another.
     """
     kind = lifted_block(block, layers, shared, scan, remat)
     return kind(*fields) if scan else [kind(*fields) for _ in range(layers)]
@@ -72,6 +79,8 @@ def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan:
 @functools.cache  # Flax changes the block's class while it derives one, which another thread may be tracing
 def lifted_block(block: Any, layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
     """The class of a layer under remat, or of all of them under scan."""
+    if remat not in (False, True, "dots", "offload"):
+        raise ValueError(f"remat {remat!r} is not known: False, True, 'dots' or 'offload'")
     if remat:
         policies = jax.checkpoint_policies
         offload = policies.save_and_offload_only_these_names(

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.bert import ACTIVATIONS, AddNorm, Intermediate, dense_tensors, norm_tensors
-from jlora.models.causal import stacked, through
+from jlora.models.bert import ACTIVATIONS, AddNorm, Intermediate, check_activations
+from jlora.models.causal import layer_input, stacked, through
 from jlora.models.heads import HEADS, Classifier, MaskedLM, Pooler, head_tensors
-from jlora.models.tensors import HFTensor
+from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class DebertaConfig:
                 raise ValueError(f"{name} {hub[name]!r} is not supported in deberta-v2: {value!r} is")
         if hub.get("embedding_size", hub["hidden_size"]) != hub["hidden_size"]:
             raise ValueError(f"embedding_size {hub['embedding_size']} other than hidden_size is not supported")
+        check_activations(hub, "hidden_act", "conv_act", "pooler_hidden_act")
         held: dict[str, Any] = {f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None}
         types = held.get("pos_att_type", ())
         types = types.split("|") if isinstance(types, str) else types
@@ -164,6 +165,7 @@ class Layer(nn.Module):
         self, x: jax.Array, first: jax.Array, relative: jax.Array, index: jax.Array, allowed: jax.Array, conv: Any
     ) -> tuple[jax.Array, jax.Array]:
         """x [b, s, d], first bool [], conv None or ([b, s, d], scale [d], bias [d]) -> (x, first)."""
+        x = layer_input(x)
         parts: Any = (self.config, self.dtype, self.param_dtype)
         x = Attention(*parts, name="attention")(x, relative, index, allowed)
         x = AddNorm(*parts, name="output")(Intermediate(*parts, name="intermediate")(x), x)
@@ -210,8 +212,8 @@ class Convolution(nn.Module):
             param_dtype=self.param_dtype,
             name="conv",
         )
-        act = jnp.tanh if c.conv_act == "tanh" else ACTIVATIONS[c.conv_act]
-        return act(conv(x) * allowed[..., None]), *Scale(self.param_dtype, name="LayerNorm")(c.hidden_size)
+        y = ACTIVATIONS[c.conv_act](conv(x) * allowed[..., None])
+        return y, *Scale(self.param_dtype, name="LayerNorm")(c.hidden_size)
 
 
 class Encoder(nn.Module):
@@ -272,7 +274,7 @@ class Embeddings(nn.Module):
 
 
 class Deberta(nn.Module):
-    """The encoder under one of the heads "none", "pooled", "classify", "regress", "mlm"."""
+    """The encoder under one of the heads "none", "pooled", "classify", "regress", "mlm". `remat`: as in `stacked`."""
 
     config: DebertaConfig
     dtype: Any = jnp.float32
@@ -293,7 +295,7 @@ class Deberta(nn.Module):
         if self.head in ("classify", "regress"):
             self.classifier = Classifier(*parts)
         if self.head == "mlm":
-            self.lm_head = MaskedLM(*parts)
+            self.lm_head = MaskedLM(*parts, ACTIVATIONS[self.config.hidden_act])
 
     def hidden(
         self, tokens: jax.Array, *, mask: jax.Array | None = None, token_type_ids: jax.Array | None = None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through, tied_head
+from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -199,8 +199,7 @@ class Gemma(nn.Module):
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows; local layers keep as many as global ones."""
         c = self.config
-        empty = jnp.zeros((c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim), self.dtype)
-        return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+        return empty_cache(c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype)
 
     def hidden(
         self,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through, tied_head
+from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head
 from jlora.models.tensors import HFTensor
 
 
@@ -158,8 +158,7 @@ class GPT2(nn.Module):
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows."""
         c = self.config
-        empty = jnp.zeros((c.n_layer, batch, size, c.n_head, c.n_embd // c.n_head), self.dtype)
-        return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+        return empty_cache(c.n_layer, batch, size, c.n_head, c.n_embd // c.n_head, self.dtype)
 
     def hidden(
         self,

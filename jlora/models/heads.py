@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.causal import tied_head
-from jlora.models.tensors import HFTensor
+from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
 HEADS = ("none", "pooled", "classify", "regress", "mlm")
 
@@ -53,18 +52,18 @@ class Classifier(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """LayerNorm(gelu(dense(x))) against the word embeddings, plus a bias."""
+    """LayerNorm(activation(dense(x))) against the word embeddings, plus a bias."""
 
     config: Any
     dtype: Any
     param_dtype: Any
+    activation: Any
 
     @nn.compact
     def __call__(self, hidden: jax.Array, embeddings: nn.Embed) -> jax.Array:
         """hidden [b, s, d] -> logits f32 [b, s, v]."""
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        gelu = functools.partial(nn.gelu, approximate=False)
-        x = gelu(nn.Dense(c.hidden_size, name="dense", **kinds)(hidden))
+        x = self.activation(nn.Dense(c.hidden_size, name="dense", **kinds)(hidden))
         x = nn.LayerNorm(epsilon=c.layer_norm_eps, name="layer_norm", **kinds)(x)
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), self.param_dtype)
         return tied_head(embeddings, x) + bias
@@ -74,7 +73,7 @@ def head_tensors(head: str, model_type: str) -> list[HFTensor]:
     """The Hub's tensors of a head, after the encoder's."""
     if head in ("classify", "regress"):
         parts = ["classifier/dense", "classifier/out_proj"] if model_type == "roberta" else ["classifier"]
-        return [t for part in parts for t in linear(part.replace("/", "."), part)]
+        return [t for part in parts for t in dense_tensors(part.replace("/", "."), part)]
     if head != "mlm":
         return []
     if model_type == "roberta":
@@ -82,13 +81,5 @@ def head_tensors(head: str, model_type: str) -> list[HFTensor]:
     else:
         start = "cls.predictions"
         dense, norm, bias = f"{start}.transform.dense", f"{start}.transform.LayerNorm", f"{start}.bias"
-    norms = [
-        HFTensor(f"{norm}.weight", "lm_head/layer_norm/scale"),
-        HFTensor(f"{norm}.bias", "lm_head/layer_norm/bias"),
-    ]
-    return [*linear(dense, "lm_head/dense"), *norms, HFTensor(bias, "lm_head/bias")]
-
-
-def linear(hub: str, path: str) -> list[HFTensor]:
-    """A linear layer's weight and bias."""
-    return [HFTensor(f"{hub}.weight", f"{path}/kernel", transpose=True), HFTensor(f"{hub}.bias", f"{path}/bias")]
+    tensors = [*dense_tensors(dense, "lm_head/dense"), *norm_tensors(norm, "lm_head/layer_norm")]
+    return [*tensors, HFTensor(bias, "lm_head/bias")]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, grown, layer_input, stacked, through, tied_head
+from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -212,7 +212,8 @@ class Llama(nn.Module):
 
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows."""
-        return init_cache(self.config, batch, size, self.dtype)
+        c = self.config
+        return empty_cache(c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
@@ -243,13 +244,6 @@ class Llama(nn.Module):
         if cache is None:
             return x
         return x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]}
-
-
-def init_cache(config: LlamaConfig, batch: int, size: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """An empty cache for `size` tokens: keys and values [l, b, t, g, k], which of them are real, how many there are."""
-    shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
-    empty = jnp.zeros(shape, dtype)
-    return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
 
 
 def hf_tensors(config: LlamaConfig, scan_layers: bool = True) -> list[HFTensor]:

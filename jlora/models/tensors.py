@@ -16,3 +16,14 @@ class HFTensor:
     path: str
     layer: int | None = None
     transpose: bool = False
+
+
+def dense_tensors(hub: str, path: str, layer: int | None = None) -> list[HFTensor]:
+    """A linear layer's weight and bias."""
+    weight = HFTensor(f"{hub}.weight", f"{path}/kernel", layer, transpose=True)
+    return [weight, HFTensor(f"{hub}.bias", f"{path}/bias", layer)]
+
+
+def norm_tensors(hub: str, path: str, layer: int | None = None) -> list[HFTensor]:
+    """A LayerNorm's scale and bias."""
+    return [HFTensor(f"{hub}.weight", f"{path}/scale", layer), HFTensor(f"{hub}.bias", f"{path}/bias", layer)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
 from jlora.io import load
+from jlora.models.bert import ACTIVATIONS, Bert, BertConfig
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_labels": 3}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 40, "initializer_range": 0.3}
@@ -21,13 +23,13 @@ MASKS = {
 }
 
 
-def make(kind, head, folder):
+def make(kind, head, folder, **options):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     name = {"bert": "Bert", "roberta": "Roberta"}[kind]
     pad = {"pad_token_id": 1} if kind == "roberta" else {}
-    config = getattr(transformers, f"{name}Config")(**SIZES, **pad)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **pad, **options)
     model = getattr(transformers, f"{name}{KINDS[head]}")(config).eval()
     for parameter in model.parameters():  # biases and norms are no longer 0 and 1
         if parameter.ndim == 1:
@@ -40,7 +42,7 @@ def make(kind, head, folder):
 @pytest.mark.parametrize("head", KINDS)
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_parity(kind, head, scan, tmp_path):
-    theirs = make(kind, head, tmp_path)
+    theirs = make(kind, head, tmp_path, **({} if scan else {"hidden_act": "tanh"}))
     import torch
 
     ours = load(str(tmp_path), scan_layers=scan, head=head)
@@ -57,6 +59,19 @@ def test_parity(kind, head, scan, tmp_path):
             if head in ("none", "mlm"):
                 got, want = got[mask[rows]], want[mask[rows]]
             assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), side
+
+
+@pytest.mark.parametrize("kind, own", [("bert", jnp.tanh), ("roberta", ACTIVATIONS["gelu"])])
+def test_the_masked_models_head_has_the_activation_of_the_hub(kind, own):
+    """BERT's is `hidden_act`, RoBERTa's is gelu whatever the layers have."""
+    config = BertConfig(61, 32, 48, 1, 4, hidden_act="tanh", model_type=kind)
+    model, tokens = Bert(config, head="mlm"), jnp.asarray(TOKENS)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    x = model.apply({"params": params}, tokens, method="hidden")
+    x = own(x @ params["lm_head"]["dense"]["kernel"])
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    want = x @ params["embeddings"]["word_embeddings"]["embedding"].T
+    np.testing.assert_allclose(model.apply({"params": params}, tokens), want, atol=1e-4)
 
 
 def test_adapters_on_the_stack_stay_factored(tmp_path):
@@ -76,8 +91,6 @@ def test_adapters_on_the_stack_stay_factored(tmp_path):
     "wrong", [{"position_embedding_type": "relative_key"}, {"hidden_act": "mish"}, {"is_decoder": True}]
 )
 def test_what_is_not_supported_is_refused(wrong):
-    from jlora.models.bert import BertConfig
-
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BertConfig.from_hf({**SIZES, "model_type": "bert", **wrong})
 

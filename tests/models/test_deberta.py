@@ -21,6 +21,8 @@ CASES = {
     "v3 classify": (V3, "classify"),
     "v3 mlm": (V3, "mlm"),
     "xxlarge's convolution": ({**V3, "conv_kernel_size": 3, "conv_act": "gelu"}, "classify"),
+    "v3 mlm by relu": ({**V3, "hidden_act": "relu"}, "mlm"),
+    "tanh pooled": ({**V3, "pooler_hidden_act": "tanh"}, "classify"),
     "own position kernels": ({"pos_att_type": ["c2p", "p2c"], "share_att_key": False, "type_vocab_size": 2}, "none"),
     "c2p only, no buckets": ({**V3, "position_buckets": -1, "pos_att_type": ["c2p"]}, "none"),
 }
@@ -81,6 +83,27 @@ def test_a_shared_projection_is_adapted_in_all_its_uses():
     np.testing.assert_allclose(got, apply(jlora.merge(frozen, lora)), atol=1e-4)
 
 
+def test_every_activation_that_is_taken_is_carried_out():
+    config = DebertaConfig(61, 32, 48, 1, 4, hidden_act="relu", pooler_hidden_act="tanh")
+    tokens = jnp.asarray(TOKENS)
+    model = Deberta(config, head="pooled")
+    params = model.init(jax.random.key(0), tokens)["params"]
+    first = model.apply({"params": params}, tokens, method="hidden")[:, 0]
+    want = jnp.tanh(first @ params["pooler"]["dense"]["kernel"])
+    np.testing.assert_allclose(model.apply({"params": params}, tokens), want, atol=1e-5)
+    model = Deberta(config, head="mlm")
+    params = model.init(jax.random.key(0), tokens)["params"]
+    x = model.apply({"params": params}, tokens, method="hidden") @ params["lm_head"]["dense"]["kernel"]
+    x = jnp.maximum(x, 0)
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + config.layer_norm_eps)
+    want = x @ params["embeddings"]["word_embeddings"]["embedding"].T
+    np.testing.assert_allclose(model.apply({"params": params}, tokens), want, atol=1e-4)
+
+
 def test_what_changes_results_is_refused():
     with pytest.raises(ValueError, match="relative_attention False is not supported"):
         DebertaConfig.from_hf({**SIZES, "relative_attention": False})
+    for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
+        with pytest.raises(ValueError, match=f"{name} 'mish' is not supported: gelu, .*tanh are"):
+            DebertaConfig.from_hf({**SIZES, name: "mish"})
+        assert getattr(DebertaConfig.from_hf({**SIZES, name: "tanh"}), name) == "tanh"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.models.llama import Llama, LlamaConfig, hf_tensors, init_cache
+from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES = {
@@ -63,7 +63,8 @@ def test_logits_are_those_of_transformers(name, scan):
         assert off < 1e-5
 
     compare(Llama(config, scan_layers=scan, remat="dots").apply({"params": params}, tokens, mask=mask))
-    model, cache, out = Llama(config, scan_layers=scan), init_cache(config, 3, 14), []
+    model, out = Llama(config, scan_layers=scan), []
+    cache = model.init_cache(3, 14)
     for n in range(0, 12, 4):
         part, cache = model.apply({"params": params}, tokens[:, n : n + 4], mask=mask[:, n : n + 4], cache=cache)
         out.append(part)
