@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.inits import CHANGES_BASE, INITS
 from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
-from jlora.targets import check_layouts, letters_of, targeted
+from jlora.targets import BIAS, check_layouts, letters_of, targeted
 from jlora.tree import Targets, first_match, flatten, path_of, paths, select
 
 
@@ -191,7 +191,7 @@ def fully_trained(config: LoraConfig, leaves: Mapping[str, Any], what: str) -> s
     train: Targets = config.modules_to_save
     whole = set(select(train, leaves, what) if train else ())
     if config.bias == "all":
-        whole |= {path for path in leaves if path.rsplit("/", 1)[-1] in ("bias", "b", "beta")}
+        whole |= {path for path in leaves if path.rsplit("/", 1)[-1] in BIAS}
     elif config.bias != "none":
         raise ValueError(f"bias={config.bias!r} is not known: use 'none' or 'all', or name biases in modules_to_save")
     return whole
@@ -218,8 +218,6 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     """(the frozen weight, its factors) for one weight."""
     rank = first_match(config.rank_pattern, path, config.r)
     alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
-    if rank < 1:
-        raise ValueError(f"rank {rank} for {path}: it must be 1 or more")
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     name = config.init_name()
     i_axes, o_axes, s_axes = (axes_of(layout, letter) for letter in "ios")
@@ -281,6 +279,8 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
     """The tree a lifted function takes: adapted weights as `LoraLeaf`s, whole-trained ones from `lora`.
 
     dropout: probability of dropping an element of the adapter's input, in [0, 1); needs `key`, a fresh one each step.
+    Raises ValueError for a dropout out of range or without a key, trees of different structures, shapes that are not of
+    one model, or an adapter in the first tree.
     """
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout!r:.40}: it must be at least 0 and below 1")

@@ -24,7 +24,7 @@ from jlora.lora import LoraFactors, is_adapter
 from jlora.models.attention import Attention, attending, plain
 from jlora.quant.leaf import QuantisedLeaf, dividing
 from jlora.sequence import over_mesh
-from jlora.targets import EMBEDDING, known
+from jlora.targets import EMBEDDING, is_matrix, letters
 from jlora.tree import path_of, paths
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
@@ -64,9 +64,9 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
 def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size: int = 2**20) -> Any:
     """A tree of `PartitionSpec`s for weights or for a trained tree (adapters follow their weight).
 
-    layouts: as `lorafy` takes them. A matrix's input and output axes are split over `fsdp` and `tensor`, an expert
-    axis (the last of several s, or the s of a path with "expert") over `expert`; a stack of layers is never split,
-    nor is an axis whose size the mesh does not divide.
+    layouts: as `lorafy` takes them; a quantised leaf knows its own. A matrix's input and output axes are split over
+    `fsdp` and `tensor`, an expert axis (the last of several s, or the s of a path with "expert") over `expert`; a stack
+    of layers is never split, nor is an axis whose size the mesh does not divide.
     min_size: leaves with fewer elements are replicated: gathering them would cost more than keeping them.
     """
 
@@ -75,7 +75,7 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
         if is_adapter(leaf):
             return adapter_specs(leaf, path, layouts, mesh, min_size)
         small = math.prod(leaf.shape) < min_size
-        spec = PartitionSpec() if small else weight_spec(path, tuple(leaf.shape), layouts, mesh)
+        spec = PartitionSpec() if small else weight_spec(path, leaf, layouts, mesh)
         if not is_implicit(leaf):
             return spec
         found = leaf.shard_specs(spec, exact=False)
@@ -86,21 +86,11 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
     return jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda x: is_adapter(x) or is_implicit(x))
 
 
-def letters(path: str, ndim: int, layouts: Mapping[str, Any] | None) -> str:
-    """One letter an axis; "" for a leaf that is no matrix."""
-    said = known(path, layouts)
-    found = str(getattr(said, "letters", said or ""))
-    if len(found) == ndim:
-        return found
-    if ndim == 2 and said is None:
-        return "oi" if path.endswith("/weight") and not EMBEDDING.search(path) else "io"
-    return ""
-
-
-def weight_spec(path: str, shape: tuple[int, ...], layouts: Mapping[str, Any] | None, mesh: Mesh) -> PartitionSpec:
+def weight_spec(path: str, leaf: Any, layouts: Mapping[str, Any] | None, mesh: Mesh) -> PartitionSpec:
     """The spec of one weight; axes that cannot be split evenly are left whole."""
-    layout = letters(path, len(shape), layouts)
-    if not {"i", "o"} <= set(layout):
+    shape = tuple(leaf.shape)
+    layout = letters(path, leaf, layouts) if is_matrix(path, leaf, layouts) else ""
+    if len(layout) != len(shape) or not {"i", "o"} <= set(layout):
         return PartitionSpec()
     spec: list[str | None] = [None] * len(shape)
 
@@ -126,9 +116,8 @@ def adapter_specs(entry: Any, path: str, layouts: Mapping[str, Any] | None, mesh
     def of(node: Any) -> Any:
         if not isinstance(node, LoraFactors):
             return PartitionSpec()
-        shape = weight_shape(node)
-        leaf = node.attach(jax.ShapeDtypeStruct(shape, jnp.float32), path)
-        followed = leaf.shard_specs(weight_spec(path, shape, {path: node.layout}, mesh))
+        leaf = node.attach(jax.ShapeDtypeStruct(weight_shape(node), jnp.float32), path)
+        followed = leaf.shard_specs(weight_spec(path, leaf, {path: node.layout}, mesh))
         pair = {"lora_a": followed.lora_a, "lora_b": followed.lora_b}
         kept = {n: s if math.prod(getattr(node, n).shape) >= min_size else PartitionSpec() for n, s in pair.items()}
         return dataclasses.replace(node, **kept)
@@ -271,7 +260,7 @@ def whole_in_use(leaf: Any, mesh: Mesh) -> Any:
     """A quantised weight that is gathered over the batch's axes before a product writes it out."""
     if not isinstance(leaf, QuantisedLeaf):
         return leaf
-    spec = weight_spec(leaf.path, leaf.shape, {leaf.path: leaf.layout}, mesh)
+    spec = weight_spec(leaf.path, leaf, None, mesh)
     return leaf.over(mesh, PartitionSpec(*(None if name in BATCH else name for name in spec)))
 
 
@@ -289,7 +278,7 @@ def once(trees: Any, mesh: Mesh) -> Any:
             return leaf
         over = "tensor" if leaf.shape[vocabulary] % mesh.shape["tensor"] == 0 else None
         spec = PartitionSpec(*(over if ax == vocabulary else None for ax in (0, 1)))
-        own = weight_spec(path_of(keys), leaf.shape, None, mesh)
+        own = weight_spec(path_of(keys), leaf, None, mesh)
         return gathered(leaf, NamedSharding(mesh, spec), NamedSharding(mesh, own))
 
     return jax.tree_util.tree_map_with_path(at, trees)

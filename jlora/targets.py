@@ -17,7 +17,8 @@ GROUPS = {
     "mlp": re.compile(r"mlp|ffn|feed_?forward|intermediate|(^|/)fc[12](/|$)|(?<!attention/)\boutput/dense(/|$)", re.I),
 }
 EMBEDDING = re.compile(r"embed|(^|/)wte|(^|/)wpe|position(?!.?wise)", re.I)
-VECTOR = {"bias", "scale", "b", "g", "gamma", "beta", "offset", "mean", "var"}
+BIAS = {"bias", "b", "beta", "offset"}
+VECTOR = BIAS | {"scale", "g", "gamma", "mean", "var"}
 HEAD = {"lm_head", "score", "classifier"}
 
 
@@ -107,23 +108,30 @@ def is_linear(path: str, layouts: Mapping[str, Any] | None) -> bool:
     return (kind or by_name) in ("linear", "conv") and not HEAD & set(path.split("/"))
 
 
-def letters_of(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
-    """One letter an axis. Raises ValueError where neither `layouts`, a quantised leaf, nor the number of axes tells."""
+def letters(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
+    """One letter an axis: what `layouts` say, a quantised leaf's own, or what the name says of two axes; else ""."""
     said = known(path, layouts)
-    own = getattr(leaf, "layout", None)  # a quantised leaf's letters; jax's arrays have another thing of that name
-    letters = (own if isinstance(own, str) else None) if said is None else str(getattr(said, "letters", said))
-    if letters is None and len(leaf.shape) == 2:
-        # Equinox and torch keep `weight` as (out, in); Flax and Haiku `kernel` and `w` as (in, out)
-        out_first = path.rsplit("/", 1)[-1] == "weight" and not EMBEDDING.search(path)
-        return "oi" if out_first else "io"
-    if letters is None:
+    if said is not None:
+        return str(getattr(said, "letters", said))
+    own = getattr(leaf, "layout", None)  # jax's arrays have another thing of that name
+    if isinstance(own, str):
+        return own
+    # Equinox and torch keep `weight` as (out, in); Flax and Haiku `kernel` and `w` as (in, out)
+    out_first = path.rsplit("/", 1)[-1] == "weight" and not EMBEDDING.search(path)
+    return "" if len(leaf.shape) != 2 else "oi" if out_first else "io"
+
+
+def letters_of(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
+    """The letters of a matrix. Raises ValueError where nothing tells them, or they are not of this shape."""
+    found = letters(path, leaf, layouts)
+    if not found:
         raise ValueError(
             f"the axes of {path} {list(leaf.shape)} cannot be told from its shape: pass layouts={{{path!r}: "
             f"{'s' * (len(leaf.shape) - 2) + 'io'!r}}} (s stacked or expert, i input, o output) "
             f"or layouts=jlora.layouts(apply, params, *example)"
         )
-    if len(letters) != len(leaf.shape) or not set(letters) <= set("sio") or not set("io") <= set(letters):
+    if len(found) != len(leaf.shape) or not set(found) <= set("sio") or not set("io") <= set(found):
         raise ValueError(
-            f"layout {letters!r} for {path} {list(leaf.shape)}: one letter an axis, s, i or o, with an i and an o"
+            f"layout {found!r} for {path} {list(leaf.shape)}: one letter an axis, s, i or o, with an i and an o"
         )
-    return letters
+    return found

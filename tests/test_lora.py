@@ -12,7 +12,8 @@ import pytest
 
 import jlora
 from jlora.leaves import LoraLeaf, MaterialisedWarning
-from jlora.lora import MergedAsFloats, Together, on_plain_base
+from jlora.lora import MergedAsFloats, Together, is_adapter, on_plain_base
+from jlora.methods import bitfit
 
 X = jax.random.normal(jax.random.key(9), (5, 12))
 
@@ -195,6 +196,15 @@ def test_biases_are_trained_where_the_config_says_so():
     for bias, trained in (("none", {"kernel"}), ("all", {"kernel", "bias"})):
         _, lora = jlora.lorafy(params, config=jlora.LoraConfig(r=1, bias=bias))
         assert {name for name, entry in lora["layer"].items() if entry is not None} == trained
+    haiku = {
+        "linear": {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)},
+        "norm": {"scale": jnp.ones(3), "offset": jnp.zeros(3)},
+    }
+    _, lora = jlora.lorafy(haiku, config=jlora.LoraConfig(r=1, bias="all"))
+    _, alone = bitfit.make(haiku)
+    assert set(jlora.tree.paths(alone)) == {"linear/b", "norm/offset"}
+    assert set(jlora.tree.paths(lora, is_adapter)) == {"linear/w", "linear/b", "norm/offset"}
+    assert set(jlora.tree.paths(bitfit.norms(haiku)[1])) == {"norm/scale", "norm/offset"}
     with pytest.raises(ValueError, match="'some' is not known"):
         jlora.lorafy(params, config=jlora.LoraConfig(r=1, bias="some"))
 

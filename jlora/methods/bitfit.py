@@ -9,11 +9,10 @@ import re
 from typing import Any
 
 from jlora.methods.plant import leaves_of, whole
-from jlora.targets import known
+from jlora.targets import BIAS, known
 
-BIAS = re.compile(r"(^|/)(bias|b|beta|offset)$")
 NORM = re.compile(r"norm|(^|/)ln_?\w*(/|$)", re.I)
-NORM_WEIGHT = re.compile(r"(^|/)(scale|weight|gamma|g|bias|b|beta|offset)$")
+NORM_WEIGHT = BIAS | {"scale", "weight", "gamma", "g"}
 
 
 def make(params: Any, *, layouts: Any = None, key: Any = None) -> tuple[Any, Any]:
@@ -24,14 +23,14 @@ def make(params: Any, *, layouts: Any = None, key: Any = None) -> tuple[Any, Any
 
     def is_bias(path: str) -> bool:
         kind = getattr(known(path, layouts), "kind", None)
-        return kind == "bias" if kind else BIAS.search(path) is not None
+        return kind == "bias" if kind else path.rsplit("/", 1)[-1] in BIAS
 
     return only(params, is_bias, "bias")
 
 
 def norms(params: Any, *, key: Any = None) -> tuple[Any, Any]:
     """(frozen, trained): only the scales and biases of LayerNorms (or RMSNorms) train."""
-    return only(params, lambda path: bool(NORM.search(path) and NORM_WEIGHT.search(path)), "norm")
+    return only(params, lambda path: NORM.search(path) is not None and path.rsplit("/", 1)[-1] in NORM_WEIGHT, "norm")
 
 
 def only(params: Any, wanted: Any, what: str) -> tuple[Any, Any]:

@@ -106,6 +106,21 @@ def test_letters_alone_decide_for_a_model_of_somebody_else():
     assert got["odd"] == P(None, None)
 
 
+def test_a_quantised_stack_tells_its_own_axes():
+    params = {"layers": {"q_proj": {"kernel": jnp.ones((2, 64, 32))}}}
+    quantised = jlora.quantise(params, "int8", layouts={"kernel": "sio"})
+    mesh = mesh_of(fsdp=4, tensor=2)
+    leaf = sharding.specs(quantised, None, mesh, min_size=0)["layers"]["q_proj"]["kernel"]
+    assert leaf.parts["codes"] == P(None, "fsdp", "tensor")
+    assert sharding.specs(params, None, mesh, min_size=0)["layers"]["q_proj"]["kernel"] == P()  # nobody says
+
+
+def test_a_stack_of_vectors_is_not_split():
+    params = {"layers": {"q_proj": {"bias": jnp.zeros((4, 64))}, "norm": {"scale": jnp.zeros((4, 64))}}}
+    for spec in jlora.tree.paths(sharding.specs(params, None, mesh_of(fsdp=2, tensor=2), min_size=0)).values():
+        assert spec == P()
+
+
 def test_a_lora_leaf_in_the_tree_gets_specs_for_its_parts():
     params = {"kernel": jnp.zeros((64, 32))}
     tree = jlora.combine(*jlora.lorafy(params, 2))
