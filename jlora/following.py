@@ -163,12 +163,6 @@ def conv_product(eqn: Any, leaf: FollowingLeaf, position: int, x: Any) -> Produc
     return Product(label(dims.lhs_spec, in_ax), label(dims.out_spec, out_ax), (in_ax, *window))
 
 
-def elementwise(eqn: Any, leaf: FollowingLeaf, position: int, x: Any) -> Product:
-    """A bias added or a scale multiplied: every axis of the result is one of the (broadcast) weight."""
-    same = tuple(range(leaf.ndim))
-    return Product(same, same, ())
-
-
 def structural(name: str) -> Callable[..., Any]:
     rule = LoraLeaf.rules[name]
 
@@ -196,5 +190,4 @@ def reshape(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *dynam
 OWN = {"dot_general", "conv_general_dilated", "gather", "reshape"}
 STRUCTURE = {name: structural(name) for name in LoraLeaf.rules if name not in OWN} | {"reshape": reshape}
 PRODUCTS = {"dot_general": around(dot_product), "conv_general_dilated": around(conv_product)}
-ELEMENTWISE = dict.fromkeys(("add", "add_any", "mul"), around(elementwise))
 FollowingLeaf.rules.update(STRUCTURE | PRODUCTS)

@@ -46,9 +46,7 @@ class AdapterLeaf(FollowingLeaf):
     scaling: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     # broadcast, the adapter would count several times
-    rules: ClassVar[dict[str, Any]] = {
-        k: v for k, v in FollowingLeaf.rules.items() if k not in ("broadcast_in_dim", "add", "mul")
-    }
+    rules: ClassVar[dict[str, Any]] = {k: v for k, v in FollowingLeaf.rules.items() if k != "broadcast_in_dim"}
     fixed: ClassVar[tuple[str, ...]] = ("bias",)
 
     def allows_cut(self, axis: int) -> bool:
