@@ -93,9 +93,10 @@ def memory(path: str = "/proc/meminfo", least: float = 4 * GIB) -> Check:
 
 
 def folder(output: str) -> Check:
-    """Whether the run folder can be written; on gs:// a small file is written and deleted."""
+    """Whether the run folder can be written: a small file is written and deleted. Of a disk also how much is free."""
     from etils import epath
 
+    scheme = output.partition("://")[0] if "://" in output else ""
     place = epath.Path(output)
     try:
         there = place.exists()
@@ -103,19 +104,20 @@ def folder(output: str) -> Check:
         probe = place / f".jlora-doctor-{os.getpid()}"
         probe.write_text("x")
         probe.unlink()
-        free = 0 if "://" in output else shutil.disk_usage(output).free
-        if not there and "://" not in output:
+        free = None if scheme else shutil.disk_usage(output).free
+        if not there and not scheme:
             place.rmdir()
     except ImportError as error:
-        return Check("run folder", f"{output}: {error}", "pip install gcsfs, which gs:// paths need")
+        package = "gcsfs" if scheme == "gs" else "the package named here"
+        return Check("run folder", f"{output}: {error}", f"pip install {package}, which {scheme}:// paths need")
     except Exception as error:  # every backend of epath raises its own kind
         told = f"{output}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if output.startswith("gs://"):
+        if scheme == "gs":
             fix = "gcloud auth application-default login (a VM: give its service account roles/storage.objectUser)"
         else:
             fix = "choose a folder that this user can write: --output FOLDER"
         return Check("run folder", told, fix)
-    if output.startswith("gs://"):
+    if free is None:
         return Check("run folder", f"{output}: writable")
     fix = "less than 1 GiB is free there: choose another --output" if free < GIB else ""
     return Check("run folder", f"{output}: writable, {free / GIB:.1f} GiB free", fix)

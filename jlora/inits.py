@@ -1,7 +1,7 @@
-"""How the factors start. Each init takes a matrix and gives (lora_a, lora_b, what remains of the matrix).
+"""How the factors start. Each init takes a matrix w [i, o] and gives lora_a [i, r] and lora_b [r, o] in float32.
 
-`w` is [i, o]; lora_a is [i, r] and lora_b [r, o] in float32, and w = rest + scaling * lora_a·lora_b always, so that
-the adapted function starts as the base function. Only PiSSA and OLoRA change the base (`rest` is not `w`).
+The adapted function starts as the base function. PiSSA and OLoRA start with a product that is not zero, so that
+`lorafy` takes scaling * lora_a·lora_b off the base (`CHANGES_BASE`); of the others only w's shape is read.
 """
 
 from __future__ import annotations

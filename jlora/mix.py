@@ -43,8 +43,9 @@ def mix(
 ) -> Any:
     """One tree of `LoraFactors`, scaling 1, from trees of one structure; where one has None, it adds nothing.
 
-    rank: of the result: the sum of ranks for "linear" if not given, else the largest one; never above what the matrix
-        has. density: the fraction kept, above 0 and at most 1. key: PRNG key of "dare".
+    rank: of the result. If not given, the sum of ranks for "linear" and "cat", which may be more than the matrix has,
+        else the largest one. An SVD gives at most what the matrix has; "factors" keeps the adapters' rank.
+    density: the fraction kept, above 0 and at most 1. key: PRNG key of "dare".
     Raises ValueError for what is no LoRA factor, axes that differ, or settings out of range.
     """
     if method not in get_args(Method):

@@ -21,6 +21,21 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert "--output" in check.fix
 
 
+def test_a_bucket_has_no_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("etils.epath.Path", lambda output: tmp_path / output.partition("://")[2])
+    for output in ("gs://bucket/run", "s3://bucket/run"):
+        assert doctor.folder(output) == doctor.Check("run folder", f"{output}: writable")
+
+    def absent(output):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("etils.epath.Path", lambda output: tmp_path)
+    monkeypatch.setattr(type(tmp_path), "exists", absent)
+    check = doctor.folder("s3://bucket/run")
+    assert "s3fs" in check.saw and check.fix == "pip install the package named here, which s3:// paths need"
+    assert doctor.folder("gs://bucket/run").fix == "pip install gcsfs, which gs:// paths need"
+
+
 def test_a_coordinator_is_reached_or_not():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
