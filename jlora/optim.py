@@ -22,13 +22,14 @@ def trainable_labels(tree: Any, also: Targets = ()) -> Any:
 
     also: plain leaves that train whole (names, regexes or a predicate); they are labelled "whole".
     For `optax.partition`, e.g. LoRA+ : {"lora_a": adamw(lr), "lora_b": adamw(16 * lr), "frozen": keep()}.
+    Raises ValueError for an `also` that matches no plain leaf.
 
     Only in two trees train AdaLoRA, parts of a fused weight, IA3 where there is a bias, prefixes of a layer and of keys
     and values, P-tuning's network, the top rows of a stack and intrinsic dimension: one tree holds what they make of
     the weights, not the numbers that it is made of.
     """
     plain = {path: leaf for path, leaf in paths(tree, is_implicit).items() if not is_implicit(leaf)}
-    whole = set(select(also, plain, "also") if callable(also) or list(also) else ())
+    whole = set(select(also, plain, "also"))
 
     def label(keys: Any, leaf: Any) -> Any:
         if is_implicit(leaf):
@@ -61,7 +62,10 @@ def label_leaf(leaf: Any) -> Any:
 
 
 def trainable_mask(tree: Any, also: Targets = ()) -> Any:
-    """`tree` with True for each array that trains and False for each that is frozen."""
+    """`tree` with True for each array that trains and False for each that is frozen.
+
+    also: as for `trainable_labels`, and it raises what that raises.
+    """
 
     def trains(label: str) -> bool:
         return label != "frozen"
@@ -85,7 +89,12 @@ def keep() -> optax.GradientTransformation:
 
 
 def only_trainable(tx: optax.GradientTransformation, also: Targets = ()) -> optax.GradientTransformation:
-    """`tx` for what trains in a combined tree, `keep()` for the rest: no state exists for a frozen weight."""
+    """`tx` for what trains in a combined tree, `keep()` for the rest: no state exists for a frozen weight.
+
+    also: as for `trainable_labels`. What `init` and `update` are given must have a plain leaf for each: they raise
+    ValueError otherwise.
+    """
+    also = also if isinstance(also, str) or callable(also) else tuple(also)  # read at every `init` and `update`
 
     def name(on: bool) -> str:
         return "train" if on else "frozen"

@@ -114,7 +114,7 @@ def make(
 
     rho: the largest rank is rho * rank; 1 keeps all ranks alike. mask: of a batch, True for the columns that count (not
     padding). centre: False for directions of x^T x itself. sketch: columns of Omega; all there are, or 4 rho rank.
-    Raises ValueError for no batch, for a weight that multiplied nothing, or for an init that changes the base.
+    Raises ValueError for rho below 1, no batch, a weight that multiplied nothing, or an init that changes the base.
     """
     keep_base("EVA", **options)
     if rho < 1:

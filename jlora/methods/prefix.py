@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.following import FollowingLeaf, Labels, Product
 from jlora.leaves import RANK, ImplicitLeaf, is_implicit
@@ -88,9 +89,7 @@ LongerTable.rules.update({"gather": lookup, "convert_element_type": cast, "dot_g
 class PrefixLeaf(FollowingLeaf):
     """A weight whose input's first n columns are replaced by trained ones, `beside["prefix"]` [s, n, i]."""
 
-    rules: ClassVar[dict[str, Any]] = {
-        k: v for k, v in FollowingLeaf.rules.items() if k not in ("broadcast_in_dim", "add", "mul")
-    }
+    rules: ClassVar[dict[str, Any]] = {k: v for k, v in FollowingLeaf.rules.items() if k != "broadcast_in_dim"}
 
     def allows_cut(self, axis: int) -> bool:
         return True
@@ -186,6 +185,8 @@ def embedding(
 
     table: found by its name if there is one embedding. like: i32 [n], ids whose embeddings they start as; rows drawn
     at random if not given. hidden: P-tuning's network of that width between (`settle` ends it).
+    Raises ValueError for a `table` that is no embedding (or is not given, and there is not one alone), for no virtual
+    token or more inside than there are, and for another number of ids in `like` or ids that the table has not.
     """
     leaves, key = leaves_of(params), jax.random.key(0) if key is None else key
     named = [p for p in leaves if p.endswith(("embed_tokens/embedding", "word_embeddings/embedding", "wte/embedding"))]
@@ -199,8 +200,8 @@ def embedding(
         raise ValueError(f"{n} virtual tokens, {infix} inside the text: at least 1, and of them at most all inside")
     if like is None:
         like = jax.random.choice(leaf_key(key, table), w.shape[0], (n,), replace=n > w.shape[0])
-    if len(like) != n:
-        raise ValueError(f"like has {len(like)} ids for {n} virtual tokens")
+    else:
+        check_ids(np.asarray(like), n, table, w.shape[0])
     dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
     rows, network = dense[jnp.asarray(like)].astype(dtype), None
     if hidden:
@@ -208,6 +209,15 @@ def embedding(
         draw = lambda k, m, o: (jax.random.normal(k, (m, o)) / m**0.5).astype(dtype)
         network = {"first": draw(ones[0], w.shape[1], hidden), "second": draw(ones[1], hidden, w.shape[1])}
     return plant(params, {table: (w, PrefixRows(rows, network, infix))})
+
+
+def check_ids(ids: np.ndarray, n: int, table: str, size: int) -> None:
+    """Raises ValueError for what is not n ids of a table with `size` rows."""
+    if ids.shape != (n,):
+        raise ValueError(f"like is {list(ids.shape)}, and {n} virtual tokens start as one id each")
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.size:
+        raise ValueError(f"like: ids of {table} lie in 0..{size - 1}: {wrong.tolist()}")
 
 
 def layer(

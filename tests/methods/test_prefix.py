@@ -271,8 +271,12 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="table='x' is no embedding"):
         prefix.embedding(params, 2, table="x")
-    with pytest.raises(ValueError, match="like has 1 ids for 2"):
+    with pytest.raises(ValueError, match=r"like is \[1\], and 2 virtual tokens"):
         prefix.embedding(params, 2, like=jnp.array([1]))
+    size = params["embed_tokens"]["embedding"].shape[0]
+    for wrong in (-1, size):  # an index past the table would be its last row
+        with pytest.raises(ValueError, match=rf"ids of embed_tokens/embedding lie in 0..{size - 1}: \[{wrong}\]"):
+            prefix.embedding(params, 2, like=[size - 1, wrong])
     with pytest.raises(ValueError, match="0 virtual tokens"):
         prefix.embedding(params, 0)
     with pytest.raises(ValueError, match="2 virtual tokens, 3 inside"):
