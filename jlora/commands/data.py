@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from jlora.commands.dry import shown
-from jlora.commands.settings import say
+from jlora.commands.settings import in_range, say
 from jlora.data import Columns, Example, Row, bucket_lengths, read_rows, tokenise_rows
 from jlora.io import load
 
@@ -41,7 +41,11 @@ class DataConfig:
 
 
 def data_command(config: DataConfig) -> dict[str, Any]:
-    """{rows, kinds, length (quantiles), cut, padded_lengths, ...}; the rendered rows go to stderr."""
+    """{rows, kinds, length (quantiles), cut, padded_lengths, ...}; the rendered rows go to stderr.
+
+    Raises ValueError for a setting out of its range, a base without a tokenizer, and what reading raises.
+    """
+    in_range(config)
     columns = Columns(config.columns, config.prompt, config.completion, header=config.header)
     rows = read_rows(config.data, split=config.split, columns=columns, limit=config.limit)
     base = load(config.model, weights=False)

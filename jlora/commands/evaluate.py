@@ -9,7 +9,7 @@ import jax
 
 import jlora
 from jlora.commands.measure import TEXT_DRAWS, Measure, compared, of_pairs, of_sums, of_texts
-from jlora.commands.settings import TrainConfig, say
+from jlora.commands.settings import TrainConfig, in_range, say
 from jlora.commands.tasks import Answers, Labels, Pairs, task_of
 from jlora.commands.tasks.labels import predictions
 from jlora.commands.written import questions, write
@@ -62,8 +62,9 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
     """{base, adapter, difference}: what there is to say of the rows, each figure with a 95 % bootstrap interval over
     rows, the difference's over pairs. Answers: loss (nats a token), perplexity, token accuracy, exact answers, and
     `metrics`; labels: accuracy, F1, Matthews, or Pearson, Spearman; preferences: how often the chosen answer is the
-    likelier. Raises what `load` raises.
+    likelier. Raises ValueError for a setting out of its range, and what `load` raises.
     """
+    in_range(config)
     for name in config.metrics:
         text_metric(name)
     columns = Columns(config.columns, config.prompt, config.completion, header=config.header)

@@ -207,36 +207,30 @@ def as_field(value: Any, kind: str, where: str) -> Any:
     raise ValueError(f"{where}: {kind}, got {reprlib.repr(value)}")
 
 
-def check(config: TrainConfig) -> None:
-    """Raises ValueError for a setting out of its range."""
+ABOVE_0 = ("batch", "accumulate", "max_length", "buckets", "rank", "epochs", "learning_rate", "beta")
+ABOVE_0 += ("metric_rows", "max_new_tokens")
+FROM_0 = ("steps", "held_out", "warmup", "weight_decay", "clip", "eval_every", "save_every", "samples", "z_loss")
+FROM_0 += ("neftune", "limit", "bad_steps", "patience", "draws", "show")
+SHARES = ("dropout", "label_smoothing")
+"""Numbers among any command's settings, by the range that they must be in."""
+
+
+def in_range(config: Any) -> None:
+    """Raises ValueError for a number among a command's settings that is out of its range."""
     for name, value in vars(config).items():
         if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < 2**31):
             raise ValueError(f"{name} = {value}: it is out of any range")
-    positive = ("batch", "accumulate", "max_length", "buckets", "rank", "epochs", "learning_rate", "beta")
-    positive += ("metric_rows", "max_new_tokens")
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} = {getattr(config, name)}: it must be above 0")
-    for name in (
-        "steps",
-        "held_out",
-        "warmup",
-        "weight_decay",
-        "clip",
-        "eval_every",
-        "save_every",
-        "samples",
-        "z_loss",
-        "neftune",
-        "limit",
-        "bad_steps",
-        "patience",
-    ):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} = {getattr(config, name)}: it must be 0 or more")
-    for name in ("dropout", "label_smoothing"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)}: it must be at least 0 and below 1")
+        if name in ABOVE_0 and value <= 0:
+            raise ValueError(f"{name} = {value}: it must be above 0")
+        if name in FROM_0 and value < 0:
+            raise ValueError(f"{name} = {value}: it must be 0 or more")
+        if name in SHARES and not 0 <= value < 1:
+            raise ValueError(f"{name} = {value}: it must be at least 0 and below 1")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for a setting out of its range, or without another that it needs."""
+    in_range(config)
     if config.patience and not config.eval_every:
         raise ValueError("patience counts evaluations: give eval_every, and eval_data or held_out")
     if config.topology and not config.dry_run:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 
 from jlora.cli import parse
+from jlora.commands.data import DataConfig, data_command
+from jlora.commands.evaluate import EvalConfig, evaluate_command
 from jlora.commands.settings import TrainConfig, check, read_settings
 from tests.faults.guard import refused
 
@@ -80,6 +84,18 @@ def test_refused(name, tmp_path):
 def test_numbers_out_of_any_range(name, value, tmp_path):
     config = TrainConfig("m", "d", **{name: value})
     refused(lambda: check(config), tmp_path, f"{name} = ")
+
+
+LOW = [("batch", 0), ("buckets", 0), ("max_length", 0), ("max_length", -5), ("limit", -1), ("draws", -1), ("show", -1)]
+
+
+@pytest.mark.parametrize(("name", "value"), LOW)
+def test_eval_and_data_check_their_numbers_before_they_read(name, value, tmp_path):
+    absent = {"model": str(tmp_path / "absent"), "data": str(tmp_path / "absent.jsonl")}
+    for cls, run in ((EvalConfig, evaluate_command), (DataConfig, data_command)):
+        if name in {field.name for field in dataclasses.fields(cls)}:
+            config = cls(**absent, **{name: value})
+            refused(lambda config=config, run=run: run(config), tmp_path, f"{name} = {value}: it must be")
 
 
 def test_links_and_folders(tmp_path):
