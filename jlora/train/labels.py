@@ -58,4 +58,5 @@ def label_figures(out: np.ndarray, labels: np.ndarray, numbers: bool) -> dict[st
     top = out.max(-1)
     log_z = np.log(np.exp(out - top[:, None]).sum(-1)) + top
     found = {"loss": float(np.mean(log_z - out[np.arange(len(out)), classes]))}
-    return found | {name: label_metric(name, said, classes) for name in ("accuracy", "f1", "matthews")}
+    count = out.shape[-1]
+    return found | {name: label_metric(name, said, classes, count) for name in ("accuracy", "f1", "matthews")}

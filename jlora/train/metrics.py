@@ -57,10 +57,11 @@ def rouge(written: Texts, references: Sequence[Texts]) -> float:
 TEXT: dict[str, Metric] = {"exact": exact, "bleu": bleu, "chrf": chrf, "rouge": rouge}
 
 
-def label_metric(name: str, predicted: Any, wanted: Any) -> float:
-    """accuracy, f1 (of class 1, or the classes' mean where there are more), matthews, pearson or spearman.
+def label_metric(name: str, predicted: Any, wanted: Any, classes: int = 2) -> float:
+    """accuracy, f1, matthews, pearson or spearman.
 
-    predicted, wanted: [n], classes (i32) or numbers. Raises ValueError for another name.
+    predicted, wanted: [n], classes (i32) or numbers. classes: how many there are, though a sample may lack some: f1 is
+    that of class 1 of two, of more the mean over those that occur. Raises ValueError for another name.
     """
     if name in ("pearson", "spearman"):
         stats = needs("scipy.stats", "scipy")
@@ -69,8 +70,8 @@ def label_metric(name: str, predicted: Any, wanted: Any) -> float:
         raise ValueError(f"metric {name!r} is not known for labels: accuracy, f1, matthews, pearson, spearman are")
     sk = needs("sklearn.metrics", "scikit-learn")
     if name == "f1":
-        binary = max(*predicted, *wanted) <= 1
-        return float(sk.f1_score(wanted, predicted, average="binary" if binary else "macro", zero_division=0.0))
+        average = "binary" if classes == 2 else "macro"
+        return float(sk.f1_score(wanted, predicted, average=average, zero_division=0.0))
     return float((sk.accuracy_score if name == "accuracy" else sk.matthews_corrcoef)(wanted, predicted))
 
 
@@ -93,11 +94,3 @@ def text_metric(name: str) -> Metric:
     if not callable(getattr(module, function, None)):
         raise ValueError(f"metric {name!r}: {where} has no function {function}")
     return getattr(module, function)
-
-
-def interval(figure: Callable[[np.ndarray], float], count: int, draws: int = 1000, seed: int = 0) -> list[float]:
-    """The 95 % percentile bootstrap interval [low, high] of `figure(example numbers [count])` (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    values = [figure(rng.integers(0, count, count)) for _ in range(draws)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return [float(low), float(high)]

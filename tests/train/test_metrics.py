@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from jlora.train.metrics import interval, label_metric, text_metric
+from jlora.commands.measure import compared
+from jlora.train.labels import label_figures
+from jlora.train.metrics import label_metric, text_metric
 
 
 def test_labels():
@@ -14,6 +16,14 @@ def test_labels():
     assert label_metric("accuracy", got, want) == pytest.approx(3 / 5)
     assert label_metric("f1", got, want) == pytest.approx(4 / 6)
     assert label_metric("matthews", got, want) == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+
+
+def test_f1_is_of_the_heads_classes_whichever_a_sample_holds():
+    pytest.importorskip("sklearn")
+    said, wanted = np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1])  # class 0: 2/3, class 1: 4/5
+    for classes, want in ((2, 4 / 5), (3, (2 / 3 + 4 / 5) / 2)):
+        assert label_figures(np.eye(classes)[said], wanted, False)["f1"] == pytest.approx(want)
+    assert label_metric("f1", np.zeros(2, int), np.zeros(2, int), 2) == 0  # a draw without class 1
 
 
 def test_numbers():
@@ -52,6 +62,6 @@ def test_a_metric_of_the_user(tmp_path):
 
 def test_the_interval_of_a_mean_is_the_normal_one():
     x = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = interval(lambda at: x[at].mean(), len(x))
+    low, high = compared({"x": lambda at: {"mean": x[at].mean()}}, len(x), 1000)["x"]["mean_interval"]
     half = 1.96 * x.std() / 20
     assert low == pytest.approx(x.mean() - half, abs=0.03) and high == pytest.approx(x.mean() + half, abs=0.03)
