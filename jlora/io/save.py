@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from jlora.models.tensors import HFTensor
 from jlora.tree import paths
 
 COPIED = ("generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
+RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers tell an error of the system, in one that is no OSError."""
 
 
 def save(
@@ -24,29 +29,45 @@ def save(
     """Write `params`, a plain tree of `base`'s structure, as a complete model. Returns {output, tensors, bytes}.
 
     dtype: of the tensors written. shard_bytes: largest file. The folder appears whole or not at all.
-    Raises FileExistsError if `folder` exists and is not empty.
+    Raises FileExistsError if `folder` exists and is not empty, OSError naming it if it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give another folder")
+    config = hub_config(base, dtype)
+    with filled(folder) as beside:
+        total = write_shards(beside, hub_arrays(base.tensors, params, dtype), shard_bytes)
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(beside)
+        for name in COPIED:
+            if base.folder and own(base.folder, name):
+                shutil.copyfile(base.folder / name, beside / name)
+        if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
+            ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": base.tokenizer.eos_token_id}
+            (beside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+    return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside `folder`, which then takes its name. Where that fails nothing of it is left, and what the
+    system said is an OSError that names `folder`."""
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    total = write_shards(beside, hub_arrays(base.tensors, params, dtype), shard_bytes)
-    config = hub_config(base, dtype)
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(beside)
-    for name in COPIED:
-        if base.folder and own(base.folder, name):
-            shutil.copyfile(base.folder / name, beside / name)
-    if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
-        ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": base.tokenizer.eos_token_id}
-        (beside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    beside.rename(folder)
-    return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except (Exception, KeyboardInterrupt) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.filename = str(folder)
+        elif told := RUST.search(str(error)):
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from None
+        raise
 
 
 def own(folder: Path, name: str) -> bool:

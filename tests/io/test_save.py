@@ -1,9 +1,12 @@
 """What a written model takes from the folder it was read from, and where it is not written."""
 
+import dataclasses
+import resource
 import shutil
 
 import pytest
 
+from jlora.cli import sentence
 from jlora.io.load import load
 from jlora.io.save import own, save
 from tests.small import small_model
@@ -41,3 +44,26 @@ def test_only_files_of_the_models_own_repository_are_copied(tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(snapshot, plain, symlinks=True)
     assert [own(plain, name) for name in ("x", "blob", "foreign")] == [True, False, False]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_nothing(file, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    base = load(small_model(tmp_path / "m"))
+    most = 1000  # bytes of a file, beyond which the system refuses as on a full disk
+    if file == "tokenizer.json":
+        backend = base.tokenizer.backend_tokenizer
+        backend.add_tokens([f"word{n}" for n in range(1000)])
+        base = dataclasses.replace(base, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+        most = (tmp_path / "m" / "model.safetensors").stat().st_size
+    held = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, held[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save(tmp_path / "out", base, base.params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, held)
+    assert sentence(caught.value) == f"{tmp_path / 'out'}: File too large"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    save(tmp_path / "out", base, base.params)
