@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal
 
 from jlora.commands.merge import MergeConfig, merge_command
-from jlora.commands.settings import say
+from jlora.commands.settings import say, scheme
 from jlora.io import load
 from jlora.io.adapters import load_adapter, peft_form, save_adapter
 from jlora.io.gguf_adapter import save_gguf_adapter
@@ -32,13 +32,18 @@ class ExportConfig:
     to: Literal["peft", "merged", "gguf"] = "peft"
     base: str | None = None
     """The base's name to write down, as its Hub id; what `model` says if not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of a merged model's tensors."""
+    quantise: Literal["none", "nf4", "int8", "int4"] = "none"
+    """Of the base that the adapter was trained on: as it was trained."""
 
 
 def export_command(config: ExportConfig) -> dict[str, Any]:
     """{output}. Raises ValueError for what the form cannot hold."""
     if config.to == "merged":
-        return merge_command(MergeConfig(config.model, config.adapter, config.output))
-    base = load(config.model, weights=config.to == "peft")
+        how: dict[str, Any] = {"dtype": config.dtype, "quantise": config.quantise}
+        return merge_command(MergeConfig(config.model, config.adapter, config.output, **how))
+    base = load(config.model, weights=config.to == "peft", quantise=scheme(config.quantise))
     frozen, trained, what = load_adapter(base, config.adapter)
     name = config.base or config.model
     if config.to == "gguf":
