@@ -172,6 +172,9 @@ def test_command(folders, capsys, tmp_path):
     (other / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "else"}))
     code, _, err = command(capsys, f"{folders}/a", other, "-o", out)
     assert code == 1 and "other is for else" in err
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "revision": "v2"}))
+    code, _, err = command(capsys, f"{folders}/a", other, "-o", out)
+    assert code == 1 and "other is for small@v2" in err
 
 
 @pytest.mark.filterwarnings("default")  # peft's own

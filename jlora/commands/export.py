@@ -11,6 +11,7 @@ from jlora.commands.settings import say, scheme
 from jlora.io import load
 from jlora.io.adapters import load_adapter, peft_form, save_adapter
 from jlora.io.gguf_adapter import save_gguf_adapter
+from jlora.io.load import hub_id
 from jlora.io.peft import refused_by_vllm
 from jlora.io.peft_kin import as_keys_and_values
 from jlora.lora import Together
@@ -45,7 +46,7 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
         return merge_command(MergeConfig(config.model, config.adapter, config.output, **how))
     base = load(config.model, weights=config.to == "peft", quantise=scheme(config.quantise))
     frozen, trained, what = load_adapter(base, config.adapter)
-    name = config.base or config.model
+    name, revision = hub_id(config.base) if config.base else (base.source, base.revision)
     if config.to == "gguf":
         return {"output": str(save_gguf_adapter(config.output, trained, base.config, base.tensors, name))}
     entries = [] if isinstance(trained, Together) else [*entries_of(trained).values()]
@@ -56,7 +57,7 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
         raise ValueError(
             f"PEFT has no file that is the same as {method}: `--to merged` writes a plain model, if it can"
         )
-    folder = save_adapter(config.output, dataclasses.replace(base, source=name), trained, what)
+    folder = save_adapter(config.output, dataclasses.replace(base, source=name, revision=revision), trained, what)
     written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for note in refused_by_vllm(written) if written["peft_type"] == "LORA" else ():
         say(note)

@@ -47,7 +47,8 @@ def mix_command(config: MixConfig) -> dict[str, Any]:
         raise ValueError("adapters to mix are missing: jlora mix a:0.7 b:0.3 -o c")
     trees, weights = [read(folder) for folder, _ in named], [weight for _, weight in named]
     about = [read_json(Path(folder) / "adapter_config.json") for folder, _ in named]
-    bases = {str(held.get("base_model_name_or_path")): folder for held, (folder, _) in zip(about, named, strict=True)}
+    where = [(str(held.get("base_model_name_or_path")), held.get("revision")) for held in about]
+    bases = {"@".join(map(str, filter(None, base))): folder for base, (folder, _) in zip(where, named, strict=True)}
     if len(bases) > 1:
         said = "; ".join(f"{folder} is for {base}" for base, folder in bases.items())
         raise ValueError(f"adapters of one base can be mixed: {said}")
@@ -69,9 +70,8 @@ def mix_command(config: MixConfig) -> dict[str, Any]:
     first = about[0]
     settings = LoraConfig(r=max(ranks), lora_alpha=max(ranks))
     card = {"made by": f"jlora mix {' '.join(config.adapters)} --method {config.method}"}
-    where = (str(first.get("base_model_name_or_path")), first.get("revision"))
-    save_peft(config.output, mixed, settings, tensors, *where, task=first.get("task_type"), card=card)
-    say(f"jlora eval --model {where[0]} --adapter {config.output} --data ... compares it with the base")
+    save_peft(config.output, mixed, settings, tensors, *where[0], task=first.get("task_type"), card=card)
+    say(f"jlora eval --model {next(iter(bases))} --adapter {config.output} --data ... compares it with the base")
     return {"output": config.output, "rank": max(ranks), "modules": len(ranks)}
 
 

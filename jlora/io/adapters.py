@@ -319,12 +319,13 @@ def save_adapter(
     """Write a trained tree so that `load_adapter` gives it back bit for bit: in PEFT's format where that is the same
     thing, else in the plain form (`io/plain.py`). Returns the folder.
     """
-    form = peft_form(base, trained)
+    form, task, card = peft_form(base, trained), task_of(base.model), card or {}
     if form is None:
-        return plain.save_plain(folder, trained, base.params, base.source, dataclasses.asdict(about), card or {})
+        settings = dataclasses.asdict(about)
+        return plain.save_plain(folder, trained, base.params, base.source, settings, card, base.revision)
     if form == "LORA":
         config = about if isinstance(about, LoraConfig) else lora_config(about)
-        return save_peft(folder, trained, config, base.tensors, base.source, task=task_of(base.model), card=card)
+        return save_peft(folder, trained, config, base.tensors, base.source, base.revision, task=task, card=card)
     if form == "PROMPT_TUNING" and isinstance(about, MethodConfig) and about.method == "p-tuning":
         form = "P_TUNING"
-    return peft_kin.save_kin(folder, base, trained, form, card or {}, task_of(base.model))
+    return peft_kin.save_kin(folder, base, trained, form, card, task)

@@ -42,6 +42,8 @@ class Pretrained:
     """Where the Hub files lie, for a source in Hub format."""
     fresh: tuple[str, ...] = ()
     """Paths of a head that the checkpoint does not hold."""
+    revision: str | None = None
+    """Of `source`, where that is a Hub id and one was asked for."""
 
     def check(self, length: int, token: int) -> None:
         """Raises ValueError for more positions than the model has a table for, or a token that it does not have: JAX
@@ -122,7 +124,8 @@ def load(
         made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
         params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored), made=made)
     folder = path if path.is_dir() else None
-    return Pretrained(model, params, config, tokenizer, source, tensors, folder, tuple(fresh))
+    name, revision = hub_id(source, revision)
+    return Pretrained(model, params, config, tokenizer, name, tensors, folder, tuple(fresh), revision)
 
 
 def quantisers(shapes: Any, scheme: Any, layouts: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,12 +149,18 @@ def locate(source: str, revision: str | None = None) -> Path:
         return pip_file(SHORT[source.lower()])
     if Path(source).exists():
         return Path(source)
-    name = source.removeprefix("hf://").removeprefix("models/")
-    if "@" in name:
-        name, _, revision = name.partition("@")
+    name, revision = hub_id(source, revision)
     if name.count("/") == 1 and not name.endswith(".gguf"):
         return snapshot(name, revision)
     raise FileNotFoundError(f"{source}: no such file or folder, Hub id (owner/name) or short name {list(SHORT)}")
+
+
+def hub_id(source: str, revision: str | None = None) -> tuple[str, str | None]:
+    """("owner/name", revision) of "hf://owner/name@revision"; a file, a folder or a short name is itself, of none."""
+    if source.lower() in SHORT or Path(source).exists():
+        return source, None
+    name, _, own = source.removeprefix("hf://").removeprefix("models/").partition("@")
+    return name, own or revision
 
 
 def snapshot(name: str, revision: str | None) -> Path:

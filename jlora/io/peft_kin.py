@@ -75,7 +75,7 @@ def save_kin(
         "peft_type": kind,
         "task_type": task,
         "base_model_name_or_path": base.source,
-        "revision": None,
+        "revision": base.revision,
         "inference_mode": True,
         **told,
     }

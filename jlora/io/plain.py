@@ -26,7 +26,13 @@ KIND, FORM = "JLORA", 1
 
 
 def save_plain(
-    folder: str | Path, trained: Any, params: Any, base: str, settings: Mapping[str, Any], card: Mapping[str, Any]
+    folder: str | Path,
+    trained: Any,
+    params: Any,
+    base: str,
+    settings: Mapping[str, Any],
+    card: Mapping[str, Any],
+    revision: str | None = None,
 ) -> Path:
     """Write `trained`, made for a model with the weights `params`; the folder's files are complete or absent."""
     trees = trained.trees if isinstance(trained, Together) else (trained,)
@@ -43,6 +49,7 @@ def save_plain(
         "peft_type": KIND,
         "form": FORM,
         "base_model_name_or_path": base,
+        "revision": revision,
         "settings": dict(settings),
         "weights": shapes,
         "trees": told,

@@ -1,11 +1,17 @@
 """Hub folders written by transformers, and the real GGUF, give transformers' logits; what does not fit is an error."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora.io
+from jlora.cli import main
+from jlora.io.adapters import save_adapter
 from jlora.io.pypi import SMOLLM2, pip_file
+from jlora.methods import named
+from tests.small import small_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -38,6 +44,38 @@ def test_a_hub_folder(theirs, tmp_path, shard, scan):
     loaded = jlora.io.load(str(tmp_path), scan_layers=scan)
     with torch.no_grad():
         close(logits(loaded, TOKENS), theirs(torch.tensor(TOKENS)).logits.numpy())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub's cache with owner/name in it, at revision v1 alone."""
+    from huggingface_hub import constants
+
+    for name, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(constants, name, value)
+    place = tmp_path / "hub" / "models--owner--name"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "v1").write_text("c" * 40)
+    small_model(place / "snapshots" / ("c" * 40))
+
+
+@pytest.mark.parametrize("source", ["hf://owner/name@v1", "owner/name@v1", "owner/name"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby"])  # PEFT's file, its other one, and jlora's
+def test_an_adapter_names_its_base_as_peft_reads_it(hub, source, method, tmp_path):
+    base = jlora.io.load(source, revision=None if "@" in source else "v1")
+    settings = named.MethodConfig(method=method, rank=2, width=2)
+    _, trained = named.make(base.params, settings, layouts=base.layouts)
+    save_adapter(tmp_path / "a", base, trained, settings)
+    held = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (held["base_model_name_or_path"], held["revision"]) == ("owner/name", "v1")
+    assert "base_model: owner/name\n" in (tmp_path / "a" / "README.md").read_text()
+    if method == "houlsby":
+        return
+    for said, want in (([], ["owner/name", "v1"]), (["--base", "hf://other/name@v2"], ["other/name", "v2"])):
+        out = tmp_path / f"b{len(said)}"
+        main(["export", "--model", "owner/name@v1", "--adapter", str(tmp_path / "a"), "--output", str(out), *said])
+        held = json.loads((out / "adapter_config.json").read_text())
+        assert [held["base_model_name_or_path"], held["revision"]] == want
 
 
 def test_a_wrong_shape_is_named(theirs, tmp_path):
