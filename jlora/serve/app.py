@@ -72,6 +72,7 @@ class Server:
             Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {BadRequest: refused, HTTPException: not_there, Exception: broken}
+        known = {route.path for route in routes}
         inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -85,19 +86,19 @@ class Server:
                 await send(message)
 
             http = HTTPRequest(scope)
-            headers = http.headers
+            headers, answer = http.headers, inner
             if "content-length" in headers and "transfer-encoding" in headers:
                 # two lengths: what a proxy before this takes for one request may be two (RFC 9112, 6.1)
                 both = BadRequest("content-length and transfer-encoding exclude each other")
-                await refused(http, both, close=True)(scope, receive, counted)
-            elif allowed(headers, scope["path"], self.digest):
-                await inner(scope, receive, counted)
-            else:
+                answer = refused(http, both, close=True)
+            elif not allowed(headers, scope["path"], self.digest):
                 said = error_json("the API key is missing or wrong", "authentication_error", code="invalid_api_key")
-                denied = JSONResponse(said, 401, {"WWW-Authenticate": "Bearer"})
-                await denied(scope, receive, counted)
-            known = {route.path for route in routes}
-            self.metrics.responses.labels(scope["path"] if scope["path"] in known else "other", str(status)).inc()
+                answer = JSONResponse(said, 401, {"WWW-Authenticate": "Bearer"})
+            try:
+                await answer(scope, receive, counted)
+            finally:  # what fails is raised again once 500 is answered
+                route = scope["path"] if scope["path"] in known else "other"
+                self.metrics.responses.labels(route, str(status)).inc()
 
         return app
 

@@ -271,6 +271,14 @@ def test_metrics_and_health(served):
     assert len({line for line in text.splitlines() if line.startswith("jlora_responses_total")}) < 25
 
 
+def test_what_fails_is_answered_and_counted(served, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "names", lambda: 1 / 0)
+        answer = served.http.get("/v1/models", headers={"connection": "close"})
+    assert answer.status_code == 500 and "its log says how" in answer.json()["error"]["message"]
+    assert 'jlora_responses_total{route="/v1/models",status="500"} 1.0' in served.http.get("/metrics").text
+
+
 def test_key_queue_and_time(place, monkeypatch):
     served = Served(*place, key="secret", limits=Limits(seconds=1.0, body_seconds=0.3), slots=1, queue=1)
     right = {"authorization": "Bearer secret"}
