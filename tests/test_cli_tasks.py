@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +161,39 @@ def test_a_sweep_trains_every_combination_as_train_would(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sweep", *place, str(tmp_path / "other"), "--grid", "targets=q_proj"])
     assert "NAME=VALUE,VALUE with a name of rank" in capsys.readouterr().err
+
+
+def test_a_sweep_trains_equally_long_and_ends_with_nothing_half_done(tmp_path, capsys, monkeypatch):
+    from jlora.commands import sweep
+    from tests.small import rows
+
+    few, many = (tmp_path / name for name in ("few", "many"))
+    for folder, count in ((few, 16), (many, 32)):
+        folder.mkdir()
+        rows(folder, count)
+    out = tmp_path / "sweep"
+    args = ["sweep", "--model", small_model(tmp_path / "model"), "--data", str(few / "rows.jsonl"), "--batch", "8"]
+    args += ["--buckets", "1", "--output", str(out), "--grid"]
+
+    def ended(*more):
+        with pytest.raises(SystemExit) as end:
+            main([*args, *more])
+        return end.value.code, capsys.readouterr().err
+
+    code, said = ended(f"data={few / 'rows.jsonl'},{many / 'rows.jsonl'}")
+    assert code == 1 and "0-data=rows takes 2 steps, 1-data=rows takes 4 steps: give --steps" in said
+    code, said = ended("rank=2,4", "--track", "tensorboard")
+    assert code == 1 and "a sweep has no track" in said and not out.exists()
+    seen, each = [], sweep.each
+
+    def figures(*args):
+        seen.append(each(*args))
+        if len(seen) == 1:  # a bad step, which is skipped
+            return {**seen[0], "loss": float("nan")}
+        os.kill(os.getpid(), signal.SIGTERM)
+        return seen[-1]
+
+    monkeypatch.setattr(sweep, "each", figures)
+    code, said = ended("rank=2,4", "--steps", "5")
+    assert code == 143 and len(seen) == 2 and "a sweep has no checkpoints" in said
+    assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]

@@ -20,7 +20,7 @@ from jlora.commands.train import rows_to_use
 from jlora.data import BatchSource
 from jlora.io import Pretrained
 from jlora.train import Sums, evaluate, make_eval_step, make_optimiser
-from jlora.train.loop import fit, means
+from jlora.train.loop import Interrupted, fit, means
 from jlora.train.report import Metrics, Reporter
 from jlora.train.sweep import SweepSource, init_sweep, make_sweep_step, stack
 
@@ -73,19 +73,20 @@ def read(text: str, kind: str, where: str) -> Any:
 def sweep_command(config: SweepConfig) -> dict[str, Any]:
     """Run it. Returns {trials: [{name, before, after, adapter}], best}; adapters in `output`/NAME/adapter.
 
-    Raises ValueError for settings that cannot go into one program, and what `train` raises.
+    Of `bad_steps` count those in which no adapter's loss is finite. Raises ValueError for settings that cannot go into
+    one program, and what `train` raises; SIGTERM ends it with nothing saved.
     """
     trials = trials_of(config)
     refuse(config, trials)
     task = task_of(trials[0][1], rows_to_use(trials[0][1])[0])
     base = task.load()
     parts = [part(settings, base) for _, settings in trials]
+    steps = steps_of({name: one for (name, _), one in zip(trials, parts, strict=True)})
     out, first = Path(config.output), trials[0][1]
     out.mkdir(parents=True, exist_ok=True)
     made = [made_by(settings, base) for _, settings in trials]
     grown = [make(base.params) for _, make in made]
     frozen, stacked = grown[0][0], stack([trained for _, trained in grown])
-    steps = max(one.task.steps(one.examples) for one in parts)
     say(f"{len(trials)} adapters, {steps} steps; the first:\n{jlora.summary(frozen, grown[0][1])}")
     tx = make_optimiser(dataclasses.replace(rates(first), learning_rate=1.0), steps)
     objective = task.objective(base)
@@ -104,7 +105,11 @@ def sweep_command(config: SweepConfig) -> dict[str, Any]:
             metrics.write("train", {name: x for name, x in record.items() if name != "seconds"})
             bar.update(record["step"], f"losses {' '.join(f'{x:.3f}' for x in record['losses'])}")
 
-        state = fit(step, state, frozen, batches, steps=steps, log=log, figures=each)
+        try:
+            state = fit(step, state, frozen, batches, steps=steps, log=log, figures=each, bad_steps=first.bad_steps)
+        except Interrupted:
+            say("ended by SIGTERM: a sweep has no checkpoints, and saves its adapters after the last step")
+            raise
     say(f"trained in {time.monotonic() - began:.0f} s")
     report: dict[str, Any] = {"trials": []}
     for n, (name, settings) in enumerate(trials):
@@ -126,7 +131,7 @@ def sweep_command(config: SweepConfig) -> dict[str, Any]:
 
 def refuse(config: SweepConfig, trials: list[tuple[str, TrainConfig]]) -> None:
     """Raises ValueError for what cannot go into one program."""
-    for name in ("adapter", "resume", "packing", "eval_every", "patience", "metrics", "dry_run"):
+    for name in ("adapter", "resume", "packing", "eval_every", "patience", "metrics", "track", "dry_run"):
         if getattr(config, name):
             raise ValueError(f"a sweep has no {name}: train the trial that you want by itself")
     if config.mesh or jax.device_count() > 1:
@@ -146,6 +151,15 @@ class Part:
     task: Answers
     examples: list[Any]
     tests: BatchSource | None
+
+
+def steps_of(parts: dict[str, Part]) -> int:
+    """The steps of every trial. Raises ValueError where they differ: each one's schedule would end at its own last."""
+    counts = {name: one.task.steps(one.examples) for name, one in parts.items()}
+    if len({*counts.values()}) > 1:
+        said = ", ".join(f"{name} takes {count} steps" for name, count in counts.items())
+        raise ValueError(f"the trials of a sweep train equally long, and {said}: give --steps")
+    return max(counts.values())
 
 
 def part(settings: TrainConfig, base: Pretrained) -> Part:
