@@ -40,12 +40,21 @@ TABLE = re.compile(r"(^|/)(embed_tokens|wte)/embedding$")
 
 
 def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes `AXES` from one line: "fsdp=4,tensor=2". Axes not named have size 1; a size of -1 takes
-    the devices that are left; nothing named at all is "data=-1".
+    """A mesh with the axes `AXES` from one line, as `mesh_sizes` reads it.
 
     devices: all of `jax.devices()` if not given. Raises ValueError for an unknown axis or sizes that do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(text, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(text: str, count: int) -> dict[str, int]:
+    """The size of each of `AXES` over `count` devices from one line: "fsdp=4,tensor=2". Axes not named have size 1; a
+    size of -1 takes the devices that are left; nothing named at all is "data=-1".
+
+    Raises ValueError for an unknown axis or sizes that do not fit.
+    """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in filter(None, (text or "data=-1").replace(" ", "").split(",")):
         name, _, size = part.partition("=")
@@ -54,11 +63,11 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
         sizes[name] = int(size)
     open_axes = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size > 0)
-    if len(open_axes) == 1 and len(devices) % given == 0:
-        sizes[open_axes[0]] = len(devices) // given
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh {text!r} makes {given} devices, and there are {len(devices)}: the product must be that")
-    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    if len(open_axes) == 1 and count % given == 0:
+        sizes[open_axes[0]] = count // given
+    if math.prod(sizes.values()) != count:
+        raise ValueError(f"mesh {text!r} makes {given} devices, and there are {count}: the product must be that")
+    return sizes
 
 
 def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size: int = 2**20) -> Any:

@@ -11,10 +11,10 @@ import optax
 
 import jlora
 from jlora import sharding
+from jlora.io.load import layouts_of
 from jlora.models import family
 from jlora.models.attention import named
 from jlora.plan.known import config_of, topology
-from jlora.quant import quantise
 from jlora.train import TrainState, answer_sums, make_train_step
 
 METHODS = ("lora", "merged", "full", "qlora")
@@ -78,14 +78,12 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     remat = {"full": True, "none": False}.get(plan.remat, plan.remat)
     model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=True, remat=remat)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    layouts = {t.path: "sio" for t in kind.hf_tensors(config) if t.layer is not None and t.path.endswith("/kernel")}
-    if plan.method == "qlora" and devices is not None:  # to compile: the formulas count from the plain tree
-        params = jlora.quantise(params, "nf4", layouts=layouts)
+    layouts = layouts_of(kind.hf_tensors(config))
     if plan.method == "full":
         frozen, trained = jax.tree.map(lambda _: None, params), params
     else:
         if plan.method == "qlora":
-            params = quantise(params, "nf4", layouts=layouts)
+            params = jlora.quantise(params, "nf4", layouts=layouts)
         targets = plan.targets[0] if len(plan.targets) == 1 else list(plan.targets)
         frozen, trained = jax.eval_shape(lambda p: jlora.lorafy(p, plan.rank, targets=targets, layouts=layouts), params)
     tx = optax.adamw(1e-4)
@@ -127,19 +125,8 @@ def sums_of(plan: PlanConfig, sums: Any) -> Any:
 
 
 def mesh_of(text: str, count: int) -> Any:
-    """The mesh with its sizes and no devices."""
-    named = dict(part.split("=") for part in text.replace(" ", "").split(",") if part.count("=") == 1)
-    rest = 1
-    for size in named.values():
-        rest *= int(size) if size.isdigit() else 1
-    sizes = {name: count // rest if size == "-1" else int(size) for name, size in named.items() if size != ""}
-    unknown = set(sizes) - set(sharding.AXES)
-    total = 1
-    for size in sizes.values():
-        total *= size
-    if unknown or total != count:
-        raise ValueError(f"mesh {text!r} does not make {count} devices of the axes {', '.join(sharding.AXES)}")
-    shape = tuple(sizes.get(name, 1) for name in sharding.AXES)
+    """The mesh of one line with its sizes and no devices. Raises as `sharding.mesh_sizes` does."""
+    shape = tuple(sharding.mesh_sizes(text, count).values())
     kinds = (jax.sharding.AxisType.Auto,) * len(shape)
     return jax.sharding.AbstractMesh(shape, sharding.AXES, axis_types=kinds)
 

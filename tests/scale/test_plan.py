@@ -96,6 +96,10 @@ def test_what_cannot_be_planned_is_said(capsys):
     for args, said in (
         (["--model", "llama-9"], "'llama-9' is no config.json"),
         (["--topology", "v9:2x2"], "write CHIP:SHAPE"),
+        (["--mesh", "fsdp=0,data=-1"], "'fsdp=0' is not AXIS=SIZE"),
+        (["--mesh", "fsdp=x"], "'fsdp=x' is not AXIS=SIZE"),
+        (["--mesh", "fsdp=8,bogus"], "'bogus' is not AXIS=SIZE"),
+        (["--mesh", "fsdp=4"], "makes 4 devices, and there are 8"),
         (["--batch", "6"], "a batch of 6 does not split into 8"),
         (["--compare", "fast"], "'fast' is no method"),
         (["--topology", "h100:8", "--compile"], "GPUs are planned by formula"),
