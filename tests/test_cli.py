@@ -160,6 +160,8 @@ def test_generate_with_and_without_the_adapter(trained, place, capsys, monkeypat
     monkeypatch.setattr("sys.stdin", io.StringIO("good film\n\n"))
     code, out, err = run(capsys, "chat", "--model", place["model"], "--max-new-tokens", "5")
     assert code == 0 and len(out.split()) >= 1, err
+    code, out, err = run(capsys, "chat", "--model", place["model"], "--beams", "4")  # it streams: no beams
+    assert code == 2 and "--beams" in err
     code, out, err = run(capsys, "generate", "--model", place["model"], "--top-p", "0", "a")
     assert code == 1 and "top_p = 0.0 is out of its range" in err
 

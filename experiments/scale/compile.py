@@ -86,7 +86,7 @@ def asked(case: PlanConfig) -> dict[str, Any]:
 
 def row(name: str, case: PlanConfig, told: dict[str, Any]) -> str:
     """One line of the table; GB (10^9 bytes) a chip."""
-    figures, memory = plan(case), topology(case.topology).chip.memory
+    figures, memory = plan(case), topology(case.topology).memory
     estimate = figures["GB_a_device"]["total"]
     if "refused" in told:
         return f"| {name} | {case.topology} | {told['refused']} | | | no | {estimate:.2f} | | |"

@@ -37,8 +37,6 @@ class Writing:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
-    beams: int = 1
-    length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
@@ -53,6 +51,10 @@ class GenerateCommand(Writing):
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts; without any, standard input is one."""
+    beams: int = 1
+    """More than 1: beam search, whose answer comes whole."""
+    length_penalty: float = 1.0
+    """Of beam search: scores are divided by length to this power."""
     raw: bool = False
     """Go on from the prompt's text as it is, without the chat template."""
 
@@ -64,8 +66,8 @@ class ChatCommand(Writing):
 
 def settings(config: Writing) -> GenerateConfig:
     """The generation settings among a command's."""
-    names = {field.name for field in dataclasses.fields(GenerateConfig)} - {"end"}
-    return GenerateConfig(**{name: getattr(config, name) for name in names})
+    names = {field.name for field in dataclasses.fields(GenerateConfig)}
+    return GenerateConfig(**{name: value for name, value in vars(config).items() if name in names})
 
 
 def ready(config: Writing) -> tuple[Pretrained, Any]:

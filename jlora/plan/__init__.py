@@ -25,7 +25,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     bytes_ = by_formula.estimate(config, made)
     out: dict[str, Any] = {
         "model": config.model,
-        "topology": f"{config.topology} ({where.devices} x {where.chip.memory / GIB:.0f} GiB)",
+        "topology": f"{config.topology} ({where.devices} x {where.memory / GIB:.0f} GiB)",
         "method": config.method,
         "mesh": ",".join(f"{name}={n}" for name, n in made.mesh.shape.items() if n > 1) or "one device",
         "by": "formula",

@@ -177,7 +177,7 @@ def without(spec: PartitionSpec, name: str) -> PartitionSpec:
 
 def room(where: Topology) -> int:
     """Bytes of a device's memory that a program can have."""
-    return int(where.chip.memory * (1 - RESERVED))
+    return int(where.memory * (1 - RESERVED))
 
 
 def largest(plan: PlanConfig, run: Setting, name: str) -> int:

@@ -14,37 +14,19 @@ from jlora.models import family
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """`memory`: bytes of HBM a device; `flops`: peak bf16 a second. From the vendors' data sheets."""
-
-    memory: int
-    flops: float
-
-
-TPUS = {
-    "v4": Chip(32 * GIB, 275e12),
-    "v5e": Chip(16 * GIB, 197e12),
-    "v5p": Chip(95 * GIB, 459e12),
-    "v6e": Chip(32 * GIB, 918e12),
-}
-GPUS = {
-    "a100-40": Chip(40 * GIB, 312e12),
-    "a100": Chip(80 * GIB, 312e12),
-    "h100": Chip(80 * GIB, 989e12),
-    "h200": Chip(141 * GIB, 989e12),
-    "l4": Chip(24 * GIB, 121e12),
-}
+TPUS = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+GPUS = {"a100-40": 40 * GIB, "a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB, "l4": 24 * GIB}
+"""Bytes of a device's memory by the vendors' data sheets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`name` as given; `compiler`: what libtpu is asked for, "" for a GPU; `devices`: how many of it are used."""
+    """`name` as given; `devices`: how many of it are used; `memory`: bytes a device; `compiler`: what libtpu is asked
+    for, "" for a GPU."""
 
     name: str
-    kind: str
     devices: int
-    chip: Chip
+    memory: int
     compiler: str
 
 
@@ -55,13 +37,13 @@ def topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", shape or "1"):
-        return Topology(name, kind, int(shape or 1), GPUS[kind], "")
+        return Topology(name, int(shape or 1), GPUS[kind], "")
     if kind in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape or "1"):
         sizes = [int(n) for n in (shape or "1").split("x")]
         count = math.prod(sizes)
         if count == 1:  # the compiler knows whole hosts only: one chip is one device of a host's four
-            return Topology(name, kind, 1, TPUS[kind], f"{kind}:2x2" + ("x1" if kind in ("v4", "v5p") else ""))
-        return Topology(name, kind, count, TPUS[kind], name)
+            return Topology(name, 1, TPUS[kind], f"{kind}:2x2" + ("x1" if kind in ("v4", "v5p") else ""))
+        return Topology(name, count, TPUS[kind], name)
     raise ValueError(
         f"topology {name!r} is not known: write CHIP:SHAPE like v5e:2x4 or v5p:2x2x1 ({', '.join(TPUS)}), "
         f"or GPU:COUNT like h100:8 ({', '.join(GPUS)})"

@@ -37,7 +37,7 @@ def available() -> bool:
 
 def compile_for(plan: PlanConfig, timeout: float = 1800) -> dict[str, Any]:
     """What the compiler says of one training step: {arguments, temporaries, outputs, aliased, code, peak (bytes a
-    device), flops, estimated_cycles, collectives (bytes a step by kind), seconds}.
+    device), flops_loops_once, estimated_cycles, collectives (bytes a step by kind), seconds}.
 
     Raises ImportError without libtpu; ValueError for a GPU, or a program the compiler refuses, such as one
     that does not fit (its own words in the error).
@@ -111,9 +111,6 @@ def compile_step(step: Any, *arguments: Any) -> dict[str, Any]:
     with none_kept():
         program = step.lower(*arguments).compile()
     memory, text = program.memory_analysis(), program.as_text() or ""
-    if os.environ.get("JLORA_HLO"):
-        with open(os.environ["JLORA_HLO"], "w", encoding="utf-8") as file:
-            file.write(text)
     held = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
-NUMBERS = itertools.count(1)
 
 
 class Event(NamedTuple):
@@ -41,7 +39,6 @@ class Request:
 
     def __init__(self, ask: Ask, emit: Callable[[Event], None], deadline: float = float("inf")) -> None:
         self.ask, self.emit, self.deadline = ask, emit, deadline
-        self.number = next(NUMBERS)
         self.new: list[int] = []
         self.text, self.said = "", 0
         self.settled, self.read = 0, 0  # tokens before `read` are in `text`; those from `settled` on are decoded again
