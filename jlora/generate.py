@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.data.tokens import prompt_ids
 from jlora.lift import lift
 from jlora.sampling import choose, forbid
 
@@ -162,15 +163,16 @@ def generate_text(
     model: Any,
     params: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     config: GenerateConfig,
     *,
     stop: Sequence[str] = (),
     key: Any = None,
 ) -> list[str]:
-    """What is written after each prompt, without special tokens, cut before the first `stop` string."""
+    """What is written after each prompt, without special tokens, cut before the first `stop` string. A prompt is a
+    text, read as in training, or its tokens."""
     config = ends(config, tokenizer)
-    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     if stop and config.beams == 1:
         keys = [None if key is None else jax.random.fold_in(key, n) for n in range(len(rows))]
         alone = lambda row, own: "".join(stream(model, params, tokenizer, row, config, stop=stop, key=own))

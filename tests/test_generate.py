@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
+from jlora.commands import generate as commands
+from jlora.data import Row, tokenise
 from jlora.generate import GenerateConfig, generate, generate_text, pad_left, run, stream
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import forbid, truncate
+from jlora.serve.schema import prompt_tokens
 from tests.small import tokenizer
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -145,6 +151,39 @@ def test_equal_prompts_are_drawn_each_by_itself():
     assert generate_text(model, params, tokenizer(), ["good film"] * 2, config, **options) == [one, two]
     with pytest.raises(ValueError, match="needs key="):
         generate_text(model, params, tokenizer(), ["good film"], config, stop=["x"])
+
+
+def test_every_way_to_write_begins_a_prompt_as_training_does(monkeypatch):
+    words, asked = tokenizer(), []
+    words.bos_token, words.add_bos_token = "<unk>", True
+    trained = tokenise(Row("good film", " fine"), words).prompt.tolist()
+    assert trained == [0, 5, 9]
+
+    def wrote(model, params, tokens, mask, *_):
+        asked.extend(row[real].tolist() for row, real in zip(tokens, mask, strict=True))
+        return [[5]] * len(tokens)
+
+    def streamed(model, params, tokenizer, prompt, *_, **options):
+        asked.append(list(prompt))
+        yield "good"
+
+    monkeypatch.setattr("jlora.generate.generate", wrote)
+    assert generate_text(None, None, words, ["good film", [5]], GenerateConfig()) == ["good", "good"]
+    monkeypatch.setattr(commands, "stream", streamed)
+    monkeypatch.setattr(
+        commands, "ready", lambda config: (types.SimpleNamespace(tokenizer=words, model=None, source="m"), None)
+    )
+    command = commands.GenerateCommand("m", prompts=("good film",), raw=True)
+    commands.generate_command(command)
+    commands.generate_command(dataclasses.replace(command, prompts=("good film",) * 2))
+    assert prompt_tokens({"prompt": "good film"}, words, False, 15) == trained
+    assert asked == [trained, [5], *[trained] * 3]
+    asked.clear()
+    chat = [1, 13, 4, 5, 9, 2, 1, 14, 4]  # the template has no begin token, nor has training
+    commands.generate_command(dataclasses.replace(command, raw=False))
+    commands.generate_command(dataclasses.replace(command, raw=False, prompts=("good film",) * 2))
+    said = {"messages": [{"role": "user", "content": "good film"}]}
+    assert asked == [chat] * 3 and prompt_tokens(said, words, True, 15) == chat
 
 
 @pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"beams": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}])

@@ -13,6 +13,7 @@ import tyro
 import jlora
 from jlora.commands.settings import say, scheme
 from jlora.data.template import render
+from jlora.data.tokens import prompt_ids, text_ids
 from jlora.generate import GenerateConfig, generate_text, stream
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
@@ -82,11 +83,11 @@ def ready(config: Writing) -> tuple[Pretrained, Any]:
     return tuned, jlora.combine(frozen, lora)
 
 
-def rendered(base: Pretrained, messages: list[dict[str, str]]) -> str:
-    """A conversation as text, ready for the model's turn. Raises ValueError without a chat template."""
+def rendered(base: Pretrained, messages: list[dict[str, str]]) -> list[int]:
+    """A conversation's tokens, ready for the model's turn. Raises ValueError without a chat template."""
     if not base.tokenizer.chat_template:
         raise ValueError(f"{base.source} has no chat template: give the prompt's text with --raw")
-    return render(base.tokenizer, messages, True, base.source)
+    return text_ids(base.tokenizer, render(base.tokenizer, messages, True, base.source))
 
 
 def opening(config: Writing) -> list[dict[str, str]]:
@@ -99,21 +100,22 @@ def generate_command(config: GenerateCommand) -> dict[str, Any] | None:
     how = settings(config)
     prompts = config.prompts or (sys.stdin.read(),)
     base, params = ready(config)
-    if not config.raw:
-        prompts = [rendered(base, [*opening(config), {"role": "user", "content": text}]) for text in prompts]
+    if config.raw:
+        rows = [prompt_ids(base.tokenizer, text) for text in prompts]
+    else:
+        rows = [rendered(base, [*opening(config), {"role": "user", "content": text}]) for text in prompts]
     key = jax.random.key(config.seed)
-    if len(prompts) == 1 and how.beams == 1:
-        write(base, params, prompts[0], how, config, key)
+    if len(rows) == 1 and how.beams == 1:
+        write(base, params, rows[0], how, config, key)
         return None
-    answers = generate_text(base.model, params, base.tokenizer, prompts, how, stop=config.stop, key=key)
+    answers = generate_text(base.model, params, base.tokenizer, rows, how, stop=config.stop, key=key)
     return {"answers": answers}
 
 
-def write(base: Pretrained, params: Any, prompt: str, how: GenerateConfig, config: Writing, key: Any) -> str:
+def write(base: Pretrained, params: Any, prompt: list[int], how: GenerateConfig, config: Writing, key: Any) -> str:
     """Stream one answer to stdout; returns it."""
-    ids = base.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     text = ""
-    for piece in stream(base.model, params, base.tokenizer, ids, how, stop=config.stop, key=key):
+    for piece in stream(base.model, params, base.tokenizer, prompt, how, stop=config.stop, key=key):
         print(piece, end="", flush=True)
         text += piece
     print(flush=True)

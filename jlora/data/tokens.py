@@ -35,10 +35,8 @@ def tokenise(row: Row, tokenizer: Any) -> Example:
     elif row.messages:
         pieces = chat_pieces(row, tokenizer)
     else:
-        pieces = [(_ids(tokenizer, row.prompt), False), (_ids(tokenizer, row.completion) + _end(tokenizer), True)]
-        bos = getattr(tokenizer, "bos_token_id", None)
-        if bos is not None and (getattr(tokenizer, "add_bos_token", False) or not pieces[0][0]):
-            pieces.insert(0, ([bos], False))
+        answer = text_ids(tokenizer, row.completion) + _end(tokenizer)
+        pieces = [(prompt_ids(tokenizer, row.prompt), False), (answer, True)]
     tokens = [token for ids, _ in pieces for token in ids]
     mask = [answer for ids, answer in pieces for _ in ids]
     return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool))
@@ -61,8 +59,8 @@ def chat_pieces(row: Row, tokenizer: Any) -> list[tuple[list[int], bool]]:
         before, after = render(n, True), render(n + 1, False)
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(f"{row.where}: key 'messages[{n}]': the chat template does not extend its own prefix here")
-        pieces.append((_ids(tokenizer, before[len(done) :]), False))
-        answer = _ids(tokenizer, after[len(before) :])
+        pieces.append((text_ids(tokenizer, before[len(done) :]), False))
+        answer = text_ids(tokenizer, after[len(before) :])
         end = _end(tokenizer)
         # what a template writes after the end of a turn (a newline) is no part of the answer
         stop = answer.index(end[0]) + 1 if end and end[0] in answer else len(answer)
@@ -84,7 +82,16 @@ def tokenise_rows(rows: Iterable[Row], tokenizer: Any, max_length: int) -> tuple
     return out, cut
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a prompt, for training, writing and serving alike: the begin token before them where the tokenizer
+    adds one, or where they would be none. A text that begins with it, as a rendered chat may, gets no second one."""
+    ids, bos = text_ids(tokenizer, text), getattr(tokenizer, "bos_token_id", None)
+    adds = getattr(tokenizer, "add_bos_token", False) or not ids
+    return [int(bos), *ids] if adds and bos is not None and ids[:1] != [bos] else ids
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as it stands."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.data.template import render
+from jlora.data.tokens import prompt_ids, text_ids
 from jlora.serve.request import Ask
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -134,7 +135,7 @@ def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabular
             text = render(tokenizer, messages, prompt=True)
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text_ids(tokenizer, text)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
@@ -142,9 +143,7 @@ def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabular
         if not prompt or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
             raise BadRequest(f"prompt must be one text, or tokens from 0 to {vocabulary - 1}", "prompt")
         return prompt
-    tokens = list(tokenizer(text_of(prompt, "prompt"), add_special_tokens=False)["input_ids"])
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos, *tokens] if bos is not None and getattr(tokenizer, "add_bos_token", False) else tokens
+    return prompt_ids(tokenizer, text_of(prompt, "prompt"))
 
 
 def ask_of(body: Mapping[str, Any], tokens: list[int], adapter: Any, chat: bool, room: int) -> Ask:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jlora.data import BatchSource, DataError, Example, Row, bucket_lengths, collate, tokenise, tokenise_rows
+from jlora.data.tokens import prompt_ids
 
 
 class CharTokenizer:
@@ -30,6 +31,15 @@ def test_the_answer_and_its_end_carry_the_loss():
     example = tokenise(Row(prompt="ab", completion="cd"), CharTokenizer())
     assert text_of(example.tokens) == "abcd$" and text_of(example.tokens[example.loss_mask]) == "cd$"
     assert text_of(example.prompt) == "ab"
+
+
+def test_a_prompt_begins_as_in_training_and_a_chat_as_its_template_says():
+    words = CharTokenizer()
+    assert prompt_ids(words, "ab") == [97, 98] and prompt_ids(words, "") == [1]
+    words.add_bos_token = True
+    assert prompt_ids(words, "ab") == [1, 97, 98] == list(tokenise(Row("ab", "cd"), words).prompt)
+    assert prompt_ids(words, "\x01ab") == [1, 97, 98] and prompt_ids(words, "") == [1]
+    assert tokenise(Row(messages=({"role": "assistant", "content": "a"},)), words).tokens[0] == ord("<")
 
 
 def test_chat_masks_every_assistant_turn_and_nothing_else():
