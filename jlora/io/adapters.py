@@ -24,6 +24,7 @@ from jlora.io.patterns import Patterns
 from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
 from jlora.io.tensors import finite, some
 from jlora.io.text import one_line
+from jlora.io.whole import filled, weights_of, whole_of
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
@@ -207,7 +208,7 @@ def planted(
 ) -> tuple[Any, Any]:
     """(frozen, lora) from what a file holds of each leaf: factors of its modules, or whole values."""
     leaves = paths(params, is_implicit)
-    made: dict[str, Any] = {path: entry_of(leaves[path], found, dtype) for path, found in parts.items()}
+    made: dict[str, Any] = {path: entry_of(leaves[path], found, dtype, path) for path, found in parts.items()}
     # PEFT writes an adapted embedding's own weight beside its factors: that is a base, not trained
     bases = {path: whole_of(leaves[path], full.pop(path), leaves[path].dtype) for path in set(full) & set(made)}
     made |= {path: whole_of(leaves[path], found, dtype) for path, found in full.items()}
@@ -223,11 +224,11 @@ def scaling_of(config: LoraConfig, alphas: Patterns, module: str, rank: int) -> 
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
-def entry_of(w: Any, found: list[Part], dtype: Any) -> LoraFactors | DoraFactors:
-    """The factors of one leaf from its modules'."""
+def entry_of(w: Any, found: list[Part], dtype: Any, path: str = "") -> LoraFactors | DoraFactors:
+    """The factors of the leaf at `path` from its modules'."""
     scaling = found[0].scaling
     if found[0].layer is None:
-        a, b, layout, rows = found[0].a, found[0].b, "io", None
+        a, b, layout = found[0].a, found[0].b, "io"
     else:
         rank = max(part.a.shape[1] for part in found)
         a = np.zeros((w.shape[0], w.shape[1], rank), np.float32)
@@ -236,23 +237,13 @@ def entry_of(w: Any, found: list[Part], dtype: Any) -> LoraFactors | DoraFactors
             a[part.layer, :, : part.a.shape[1]] = part.a
             # one scaling for the stack: what is over goes into B
             b[part.layer, : part.b.shape[0]] = part.b if part.scaling == scaling else part.b * (part.scaling / scaling)
-        layout, rows = "sio", [part.layer for part in found]
+        layout = "sio"
     entry = LoraFactors(jnp.asarray(a, dtype), jnp.asarray(b, dtype), scaling, layout)
     if found[0].magnitude is None:
         return entry
-    magnitudes = [np.asarray(part.magnitude).reshape(-1) for part in found]
-    if rows is None:
-        return DoraFactors(entry, jnp.asarray(magnitudes[0], dtype))
-    _, fresh = with_magnitude(w, entry)  # layers that the file leaves out keep their own norm
-    return DoraFactors(entry, fresh.magnitude.at[jnp.asarray(rows)].set(jnp.asarray(np.stack(magnitudes), dtype)))
-
-
-def whole_of(w: Any, found: list[tuple[HFTensor, np.ndarray]], dtype: Any) -> jax.Array:
-    """A leaf trained whole: the file's values, the base's in layers the file leaves out."""
-    out = np.array(w.materialise() if is_implicit(w) else w, np.float32)
-    for tensor, array in found:
-        out[... if tensor.layer is None else tensor.layer] = array.T if tensor.transpose else array
-    return jnp.asarray(out, dtype)
+    held = {part.layer: np.asarray(part.magnitude).reshape(-1) for part in found}
+    norms = lambda: with_magnitude(weights_of(w, path), entry)[1].magnitude  # layers that are left out keep their own
+    return DoraFactors(entry, filled(held, w.shape[0], norms, dtype))
 
 
 About: TypeAlias = LoraConfig | MethodConfig

@@ -19,6 +19,7 @@ import numpy as np
 
 from jlora.io.load import Pretrained
 from jlora.io.peft import PREFIX, module_of, put_adapter, targets_of
+from jlora.io.whole import filled, whole_of
 from jlora.leaves import RANK
 from jlora.lift import lift
 from jlora.lora import Together, combine, is_adapter
@@ -188,14 +189,16 @@ def load_ia3(folder: str | Path, arrays: Mapping[str, np.ndarray], base: Pretrai
     def fill(entry: Any, path: str) -> Any:
         scaled = is_adapter(entry)
         path = path if not scaled or entry.names is None else f"{path}/{entry.names[0]}"
-        out = np.array(entry.scale if scaled else entry, np.float32)
+        shape = tuple((entry.scale if scaled else entry).shape)
         for tensor, x in values[path]:
-            at = ... if tensor.layer is None else tensor.layer
-            new = x.reshape(-1) if scaled else x.T if tensor.transpose else x
-            if out[at].shape != new.shape:
-                raise ValueError(f"{folder}: {tensor.name} {list(x.shape)} does not fit {list(out[at].shape)}")
-            out[at] = new
-        return dataclasses.replace(entry, scale=jnp.asarray(out)) if scaled else jnp.asarray(out)
+            want = shape[0 if tensor.layer is None else 1 :]
+            got = (x.size,) if scaled else x.shape[::-1] if tensor.transpose else x.shape
+            if got != want:
+                raise ValueError(f"{folder}: {tensor.name} {list(x.shape)} does not fit {list(want)}")
+        if not scaled:
+            return whole_of(entry, values[path], jnp.float32)
+        held = {tensor.layer: x.reshape(-1) for tensor, x in values[path]}
+        return dataclasses.replace(entry, scale=filled(held, shape[0], lambda: jnp.ones(shape), jnp.float32))
 
     def tree(t: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda keys, x: fill(x, path_of(keys)), t, is_leaf=is_adapter)

@@ -1,0 +1,37 @@
+"""Leaves from a file that may hold only some layers of a stack. The base is asked only for those left out: it may be
+shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.leaves import is_implicit
+from jlora.models.tensors import HFTensor
+
+
+def filled(held: Mapping[int | None, np.ndarray], count: int, rest: Callable[[], Any], dtype: Any) -> jax.Array:
+    """What a file holds of a leaf, by layer: all of it where the key is None, else [count, ...], the layers that it
+    leaves out from `rest()`, also [count, ...]."""
+    if None in held:
+        return jnp.asarray(held[None], dtype)
+    layers = sorted(n for n in held if n is not None)
+    values = jnp.asarray(np.stack([held[n] for n in layers]), dtype)
+    return values if len(layers) == count else rest().astype(dtype).at[jnp.asarray(layers)].set(values)
+
+
+def whole_of(w: Any, found: Sequence[tuple[HFTensor, np.ndarray]], dtype: Any) -> jax.Array:
+    """A leaf trained whole: the file's values, the base's in layers the file leaves out."""
+    held = {tensor.layer: array.T if tensor.transpose else array for tensor, array in found}
+    return filled(held, w.shape[0], lambda: weights_of(w, found[0][0].path), dtype)
+
+
+def weights_of(w: Any, path: str) -> jax.Array:
+    """The base's own values. Raises ValueError where there are shapes only."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(w)):
+        raise ValueError(f"{path}: the adapter leaves out some of its {w.shape[0]} layers, so the weights are needed")
+    return w.materialise() if is_implicit(w) else jnp.asarray(w)
