@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -102,6 +103,22 @@ def test_numbers_are_learnt(encoder, tmp_path, capsys):
     report = result(capsys, *args)
     assert report["after"]["pearson"] > 0.95 and report["after"]["loss"] < 0.2 * report["before"]["loss"]
     assert report["after"]["near"] == pytest.approx(np.mean(list(score.values())), abs=0.5)
+
+
+def test_what_a_head_lacks_is_told_without_its_weights(encoder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from jlora.io import load
+
+    shutil.copytree(encoder, tmp_path / "m")
+    loaded = lambda weights: load(tmp_path / "m", head="classify", weights=weights)
+    fresh = lambda weights: {path.split("/")[0] for path in loaded(weights).fresh}
+    assert fresh(False) == fresh(True) == {"classifier"}
+    path = tmp_path / "m" / "model.safetensors"
+    save_file({name: x for name, x in load_file(path).items() if "pooler" not in name}, path)
+    assert fresh(False) == fresh(True) == {"classifier", "pooler"}
+    path.unlink()
+    assert fresh(False) == {"classifier", "pooler"}
 
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])

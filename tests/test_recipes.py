@@ -49,8 +49,7 @@ def head_of(model, outputs):
     if not outputs:
         return 0
     d = {"roberta-base": 768, "roberta-large": 1024, "deberta-xxl": 1536}[model]
-    dense = 0 if model == "deberta-xxl" else d * d + d
-    return dense + outputs * (d + 1)
+    return d * d + d + outputs * (d + 1)  # RoBERTa's own layer, or DeBERTa's pooler, which its checkpoint lacks
 
 
 def dry(name, place, **more):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.io.head import JUDGING, with_head
 from jlora.io.objects import read_json
@@ -41,7 +42,7 @@ class Pretrained:
     folder: Path | None = None
     """Where the Hub files lie, for a source in Hub format."""
     fresh: tuple[str, ...] = ()
-    """Paths of a head that the checkpoint does not hold."""
+    """Paths of a head that the checkpoint does not hold; told by its headers, all of the head where it has no files."""
     revision: str | None = None
     """Of `source`, where that is a Hub id and one was asked for."""
 
@@ -117,10 +118,10 @@ def load(
     except (TypeError, ValueError, ArithmeticError) as error:  # whichever operation meets sizes that do not fit
         raise ValueError(f"{path}: the model of its config cannot be made: {one_line(error)}") from None
     params, fresh = shapes if quantise is None else quantised(shapes, quantise, layouts=layouts_of(tensors)), []
+    if head in JUDGING:
+        stored, fresh = with_head(stored or folder_source(path, weights), tensors, shapes)
     if weights:
         stored = stored or folder_source(path)
-        if head in JUDGING:
-            stored, fresh = with_head(stored, tensors, shapes)
         made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
         params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored), made=made)
     folder = path if path.is_dir() else None
@@ -209,10 +210,14 @@ def folder_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
 
 
-def folder_source(folder: Path) -> Source:
-    """The weights of a folder: safetensors, else pytorch_model.bin read by a restricted unpickler."""
-    if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+def folder_source(folder: Path, needed: bool = True) -> Source:
+    """The weights of a folder: safetensors, else pytorch_model.bin read by a restricted unpickler. needed: False gives
+    a source of nothing where there is neither."""
+    bins = any(folder.glob("pytorch_model*.bin"))
+    if any(folder.glob("*.safetensors")) or (needed and not bins):
         return safetensors_source(folder)
+    if not bins:
+        return Source(str(folder), {}, lambda name, index: np.empty(0))
     from jlora.io.torchfile import bin_source
 
     return bin_source(folder)
