@@ -22,6 +22,7 @@ from jlora.methods import adalora, named
 from jlora.methods.lora_plus import lora_plus
 from jlora.methods.prefix import settle
 from jlora.train import OptimiserConfig, answer_sums, make_optimiser
+from jlora.train.optimiser import clipped, unclipped
 
 
 def rates(config: TrainConfig) -> OptimiserConfig:
@@ -37,9 +38,8 @@ def optimiser_of(config: TrainConfig, steps: int) -> optax.GradientTransformatio
         return adalora.budgeted(make_optimiser(settings, steps), named.budget(method_of(config), steps))
     if "lora-plus" not in names:
         return make_optimiser(settings, steps)
-    one = lambda rate: make_optimiser(dataclasses.replace(settings, learning_rate=rate, clip=0.0), steps)
-    both = lora_plus(one, settings.learning_rate, config.ratio)
-    return optax.chain(optax.clip_by_global_norm(settings.clip), both) if settings.clip else both
+    one = lambda rate: unclipped(dataclasses.replace(settings, learning_rate=rate), steps)
+    return clipped(lora_plus(one, settings.learning_rate, config.ratio), settings.clip)
 
 
 def method_of(config: TrainConfig) -> named.MethodConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,27 @@ def not_raised_too(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(not_raised_too)
 
 
+class Damaged(ValueError):
+    """Arrays that are not what was saved."""
+
+
+DAMAGE = (Damaged, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError)
+STATUS = re.compile(r"(NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT):")
+"""What reading raises, and begins with in the array store's errors, where bits or format are wrong; else a right, the
+network or memory was lacking, and the checkpoint may be whole."""
+
+
 class Checkpoints:
     """`folder`/STEP/: arrays of the `TrainState` by key path, and JSON {position, run, bits}.
 
     `run` is what must not change between a run and its resumption; a difference is refused with both values shown.
+    `before` is called at the start of every save: what must not lag behind a checkpoint is written down there.
     """
 
-    def __init__(self, folder: str | Path, run: dict[str, Any], keep: int = 2):
-        self.folder = epath.Path(folder).absolute()  # gs:// too
+    def __init__(
+        self, folder: str | Path, run: dict[str, Any], keep: int = 2, before: Callable[[], None] = lambda: None
+    ):
+        self.folder, self.before = epath.Path(folder).absolute(), before  # gs:// too
         self.run = json.loads(json.dumps(run))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -42,6 +56,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
+        self.before()
         arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
         meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
         both = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
@@ -62,13 +77,13 @@ class Checkpoints:
     def restore(self, state: TrainState, allow: Sequence[str] = ()) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, data position) of the latest checkpoint, or None where there is none. `state` gives the structure.
 
-        Raises ValueError naming each value of `run` that changed and is not in `allow`, and for a damaged checkpoint,
-        naming the one before it.
+        Raises ValueError naming each value of `run` that changed and is not in `allow`, for arrays that are not those
+        of `state`, for a checkpoint that cannot be read, and for a damaged one, naming the one before it.
         """
         step = self.manager.latest_step()
         if step is None:
             return None
-        with self.whole(step):
+        with self.reading(step):
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             meta = {"position": meta["position"], "run": dict(meta["run"]), "bits": meta.get("bits")}
         changed = [
@@ -79,30 +94,37 @@ class Checkpoints:
         if changed:
             raise ValueError(f"{self.folder} holds another run ({'; '.join(changed)}): resume with its settings")
         leaves, treedef = jax.tree.flatten_with_path(state)
+        names = {jax.tree_util.keystr(path) for path, _ in leaves}
+        if other := sorted(names.symmetric_difference(meta["bits"] or names)):
+            raise ValueError(
+                f"{self.folder / str(step)} holds other arrays than this run has ({', '.join(other[:3])}): resume with "
+                "the optimiser's settings it was saved under"
+            )
         shapes = {
             jax.tree_util.keystr(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for path, x in leaves
         }
-        with self.whole(step):
+        with self.reading(step):
             arrays = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
                 "state"
             ]
             if meta["bits"] not in (None, bits_of(arrays)):
-                raise ValueError("its arrays are not what was saved")
+                raise Damaged("its arrays are not what was saved")
         return jax.tree.unflatten(treedef, [arrays[key] for key in shapes]), meta["position"]
 
     @contextmanager
-    def whole(self, step: int) -> Iterator[None]:
+    def reading(self, step: int) -> Iterator[None]:
         """What goes wrong in reading the checkpoint of `step` as a ValueError that says what to do."""
         try:
             yield
         except Exception as error:  # as above
-            before = [n for n in self.manager.all_steps() if n < step]
-            then = f"--resume goes on from step {max(before)}" if before else "the run starts from step 0"
+            wrong = "cannot be read"
+            if isinstance(error, DAMAGE) or STATUS.match(str(error)):
+                before = [n for n in self.manager.all_steps() if n < step]
+                then = f"--resume goes on from step {max(before)}" if before else "the run starts from step 0"
+                wrong = f"is damaged; without this folder {then}"
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"{self.folder / str(step)}: this checkpoint is damaged; without this folder {then} ({reason[:200]})"
-            ) from None
+            raise ValueError(f"{self.folder / str(step)}: this checkpoint {wrong} ({reason[:200]})") from None
 
     def clear(self) -> None:
         """Delete every checkpoint: they are another run's."""

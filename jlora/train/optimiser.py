@@ -52,7 +52,17 @@ def matrices(params: Any) -> Any:
 
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
-    """The optax transformation for `steps` steps."""
+    """The optax transformation for `steps` steps, clipping and all."""
+    return clipped(unclipped(config, steps), config.clip)
+
+
+def clipped(inner: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+    """`inner` on gradients of a global norm of at most `norm`; 0: of any. One form of state: a run may change it."""
+    return optax.chain(optax.clip_by_global_norm(norm) if norm else optax.identity(), inner)
+
+
+def unclipped(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
+    """`make_optimiser` without clipping."""
     rate, decay = make_schedule(config, steps), config.weight_decay
     makers: dict[str, Callable[[], Any]] = {
         "adamw": lambda: optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
@@ -62,5 +72,4 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         "muon": lambda: optax.contrib.muon(rate, weight_decay=decay, muon_weight_dimension_numbers=matrices),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.b1)),
     }
-    inner = makers[config.optimiser]()
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner) if config.clip else inner
+    return makers[config.optimiser]()

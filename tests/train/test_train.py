@@ -285,6 +285,35 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself():
     assert scale.min() > 0.5 and scale.max() < 1.5
 
 
+def test_a_run_goes_on_with_another_clip_and_other_arrays_are_told_from_damage(tmp_path):
+    tx = lambda **settings: make_optimiser(OptimiserConfig(**settings), 10)
+    saved = Checkpoints(tmp_path, {})
+    saved.save(init_state(PARAMS, tx(clip=1.0)), {})
+    saved.close()
+    other = Checkpoints(tmp_path, {})
+    for settings in ({"clip": 0.0}, {"clip": 2.0, "weight_decay": 0.1, "schedule": "constant", "warmup": 0}):
+        assert other.restore(init_state(PARAMS, tx(**settings))) is not None
+    with pytest.raises(ValueError, match=r"/0 holds other arrays than this run has \(.*\): resume with"):
+        other.restore(init_state(PARAMS, tx(optimiser="lion")))
+    other.close()
+
+
+@pytest.mark.parametrize("wrong", [PermissionError(13, "denied"), ValueError("UNAVAILABLE: network"), MemoryError()])
+def test_what_may_be_whole_is_not_called_damaged(wrong, tmp_path, monkeypatch):
+    tx = optax.sgd(0.1)
+    saved = Checkpoints(tmp_path, {})
+    saved.save(init_state(PARAMS, tx), {})
+    saved.manager.wait_until_finished()
+
+    def fails(*_, **options):
+        raise wrong
+
+    monkeypatch.setattr(saved.manager, "restore", fails)
+    with pytest.raises(ValueError, match=f"/0: this checkpoint cannot be read \\({type(wrong).__name__}"):
+        saved.restore(init_state(PARAMS, tx))
+    saved.close()
+
+
 def test_force_allows_what_it_names_and_no_more(tmp_path):
     tx = optax.sgd(0.1)
     saved = Checkpoints(tmp_path, {"rank": 4, "rate": 1.0})
