@@ -189,6 +189,19 @@ def test_chat_rows(place, tmp_path, capsys):
     assert "user : good film <|im_end|> <|im_start|> assistant :«positive <|im_end|>»" in err
 
 
+def test_rows_of_text_have_no_prompt_to_answer(place, tmp_path, capsys):
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": f"good film {'bad ' * n}"}) + "\n" for n in range(6)))
+    args = ["train", "--json", "--model", place["model"], "--data", str(data), "--held-out", "2", "--steps", "1"]
+    args += ["--buckets", "1", "--output", str(tmp_path / "run")]
+    code, out, err = run(capsys, *args)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["samples"] == [] and report["after"]["tokens"] > 0
+    code, _, err = run(capsys, *args, "--metrics", "exact")
+    assert code == 1 and "metrics of written answers need rows of prompt and completion" in err
+
+
 def test_dry_run_reads_no_weights(place, tmp_path, capsys):
     import shutil
 

@@ -41,8 +41,8 @@ class Examiner:
         # answers are written by one process, which does not hold the whole model where there are more
         alone = self.task.asked(rows) if jax.process_count() == 1 else []
         self.shown = alone[: self.config.samples]
-        if self.config.metrics and self.task.head is None:
-            self.asked = dict(list(questions(alone).items())[: self.config.metric_rows])
+        if self.config.metrics and self.task.head is None and jax.process_count() == 1:
+            self.asked = dict(list(questions(alone or rows).items())[: self.config.metric_rows])
 
     def before(self) -> dict[str, float]:
         """`full` of the base, or of the adapter to go on from."""

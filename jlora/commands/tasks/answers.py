@@ -117,7 +117,7 @@ class Answers:
 
     def asked(self, rows: list[Row]) -> list[Row]:
         """The rows whose prompts a model can answer."""
-        return [row for row in rows if not row.messages]
+        return [row for row in rows if row.prompt]
 
     def beside(self, folder: Path) -> None:
         """What else belongs into an adapter's folder."""
