@@ -18,6 +18,7 @@ from jlora.cli import main
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.train import OptimiserConfig
+from jlora.train.track import Tracker
 from tests.small import rows, small_model
 
 FAST = ["--steps", "30", "--batch", "8", "--learning-rate", "0.02", "--held-out", "12", "--save-every", "10"]
@@ -143,11 +144,14 @@ def test_packing_other_optimisers_and_early_stopping(place, tmp_path, capsys):
 
 def test_a_run_that_diverges_stops_with_the_batch_in_hand(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jlora.commands.parts.rates", lambda config: OptimiserConfig(float("inf"), clip=0.0))
+    told = []
+    tracker = Tracker(lambda kind, step, figures: told.append(step), lambda: told.append("closed"))
+    monkeypatch.setattr("jlora.commands.watch.make_tracker", lambda *_: tracker)
     args = ["train", "--model", place["model"], "--data", place["data"], "--output", str(tmp_path), "--steps", "30"]
     code, _, err = run(capsys, *args, "--bad-steps", "2", "--batch", "4")
     assert code == 1 and "3 in a row: try a lower learning rate" in err
     assert np.load(tmp_path / "bad-batch.npz")["tokens"].shape[0] == 4
-    assert not (tmp_path / "adapter").exists()
+    assert not (tmp_path / "adapter").exists() and told == [1, 2, 3, "closed"]
 
 
 def test_generate_with_and_without_the_adapter(trained, place, capsys, monkeypatch):
@@ -277,8 +281,11 @@ def test_usage_errors(capsys):
 
 def test_resume_refuses_other_settings(trained, place, capsys):
     args = ["train", "--model", place["model"], "--data", place["data"], "--output", str(trained), *FAST]
+    held = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     code, _, err = run(capsys, *args, "--resume", "--rank", "4")
     assert code == 1 and "rank: 8 -> 4" in err
+    held[".lock"] = (trained / ".lock").read_bytes()
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == held
 
 
 def test_sigterm_saves_and_resume_gives_the_same_bits(trained, place, tmp_path):

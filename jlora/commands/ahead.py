@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from jlora.commands.parts import optimiser_of
 from jlora.commands.settings import TrainConfig, say
 from jlora.commands.spread import Spread, mesh_for
 from jlora.commands.tasks import Answers
@@ -17,7 +16,6 @@ from jlora.methods.columns import reading
 from jlora.plan.estimate import room
 from jlora.plan.known import topology
 from jlora.plan.tpu import compile_step, devices_of, reason
-from jlora.train import init_state, make_train_step
 
 
 def compiled_ahead(
@@ -35,11 +33,8 @@ def compiled_ahead(
     Raises ValueError where it refuses the step, as one that does not fit, and for a GPU; ImportError without libtpu.
     """
     task.spread = Spread(mesh_for(config, devices_of(config.topology)), base.layouts, config.attention, "tpu")
-    tx = optimiser_of(config, len(source))
-    state = task.spread.state(jax.eval_shape(lambda start: init_state(start, tx), start))
-    sums = task.objective(dataclasses.replace(base, model=reading(base.model, frozen, start)))
-    kept = task.spread.lies(state)
-    step = make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate, lies=kept)
+    tuned = dataclasses.replace(base, model=reading(base.model, frozen, start))
+    state, step = task.begin(tuned, start, len(source))
     batch = task.spread.shapes(source.longest())
     say(f"compiling the step for {config.topology}, {list(batch['tokens'].shape)} tokens")
     try:

@@ -33,8 +33,8 @@ def describe(
     say(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}))
     frozen, lora = jax.eval_shape(make, base.params)
     say(jlora.summary(frozen, lora))
-    steps, sequences = task.steps(examples), task.flat(examples)
-    source = task.training(examples, steps)
+    source, sequences = task.planned(examples), task.flat(examples)
+    steps = len(source)
     batch = source[0]
     sizes = [len(e.tokens) for e in sequences]
     trained = nbytes(lora)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,35 +11,52 @@ from typing import Any
 import jax
 from etils import epath
 
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+"""What a run that goes on has to know of its earlier steps."""
+
 
 @contextmanager
-def run_folder(output: str) -> Iterator[Path]:
-    """A local folder to write a run's files into. Process 0's is `output`; where that is remote ("gs://...") the
-    files are copied there at the end, whatever the end is, and by `publish`. Metrics of an earlier run are there to
-    go on from.
+def run_folder(output: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """(a local folder to write a run's files into, publish). Process 0's is `output`; where that is remote ("gs://...")
+    `publish()` copies there what is new, as does the end, whatever it is; elsewhere it does nothing. The `RECORDS` of
+    an earlier run are there to go on from.
     """
     first, target = jax.process_index() == 0, epath.Path(output)
     if first and not remote(output):
         Path(output).mkdir(parents=True, exist_ok=True)
-        yield Path(output)
+        yield Path(output), lambda: None
         return
     with tempfile.TemporaryDirectory(prefix="jlora-") as name:
-        if (target / "metrics.jsonl").exists():
-            (Path(name) / "metrics.jsonl").write_text((target / "metrics.jsonl").read_text())
+        for record in RECORDS:
+            if (target / record).exists():
+                (Path(name) / record).write_text((target / record).read_text())
+        publish = publisher(Path(name), target) if first else lambda: None
         try:
-            yield Path(name)
+            yield Path(name), publish
         finally:
-            if first:
-                publish(Path(name), target)
+            publish()
 
 
-def publish(folder: Path, target: Any) -> None:
-    """Copy every file of `folder` to `target`, a path of etils."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            place = target / file.relative_to(folder).as_posix()
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(file.read_bytes())
+def publisher(folder: Path, target: Any) -> Callable[[], None]:
+    """f(): copies to `target`, a path of etils, every file of `folder` that has changed since the last call."""
+    sent: dict[Path, tuple[int, int]] = {}
+
+    def publish() -> None:
+        for file in sorted(folder.rglob("*")):
+            if not file.is_file():
+                continue
+            try:
+                now = (file.stat().st_mtime_ns, file.stat().st_size)
+                data = None if sent.get(file) == now else file.read_bytes()
+            except FileNotFoundError:  # a tracker's, gone in the meantime
+                continue
+            if data is not None:
+                place = target / file.relative_to(folder).as_posix()
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(data)
+                sent[file] = now
+
+    return publish
 
 
 def remote(output: str) -> bool:

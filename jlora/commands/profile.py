@@ -8,11 +8,10 @@ from typing import Any
 import jax
 
 from jlora.commands.examine import Examiner
-from jlora.commands.parts import made_by, optimiser_of, rows_of
+from jlora.commands.parts import made_by, rows_of
 from jlora.commands.settings import TrainConfig, check, say
 from jlora.commands.tasks import task_of
 from jlora.profile import profile
-from jlora.train import init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +32,11 @@ def profile_command(config: ProfileConfig) -> dict[str, Any]:
     frozen, lora = made_by(config, base, task.whole)[1](base.params)
     spread = task.spread
     examiner = Examiner(config, task, base, spread.tree(frozen), spread.tree(lora))
-    tx = optimiser_of(config, task.steps(examples))
-    source = task.training(examples, 8)
+    source = task.planned(examples)
     batch = max((source[n] for n in range(8)), key=lambda batch: batch["mask"].sum())
     shape = list(batch["tokens"].shape)
     say(f"compiling and running a step on tokens {shape}, {int(batch['mask'].sum())} of them real")
-    state = spread.state(init_state(examiner.lora, tx))
-    how: dict[str, Any] = {"seed": config.seed, "accumulate": config.accumulate, "lies": spread.lies(state)}
-    step = make_train_step(task.objective(examiner.tuned), tx, **how)
+    state, step = task.begin(examiner.tuned, examiner.lora, len(source))
     found = profile(step, state, examiner.frozen, jax.device_put(spread.batch(batch)), repeats=config.repeats)
     say(str(found))
     names = ("instruction", "kind", "seconds", "scope")

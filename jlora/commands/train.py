@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jlora.commands.dry import describe
 from jlora.commands.examine import Examiner
 from jlora.commands.folder import run_folder
 from jlora.commands.html import write_page
-from jlora.commands.parts import keeper, made_by, optimiser_of, rows_of
+from jlora.commands.parts import keeper, made_by, rows_of
 from jlora.commands.report import picture, write_json
 from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, save_settings, say
 from jlora.commands.tasks import Answers, task_of
@@ -26,7 +26,7 @@ from jlora.data import Row, split_rows
 from jlora.distributed import on_every_host, stopper
 from jlora.io import Pretrained
 from jlora.io.lock import claim, release
-from jlora.train import Checkpoints, TrainState, fit, init_state, make_train_step
+from jlora.train import Checkpoints, TrainState, fit
 from jlora.train.loop import Stop, on_sigterm
 from jlora.train.metrics import text_metric
 from jlora.train.report import Reporter
@@ -48,12 +48,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     tests = task.examples(test_rows, base, config.eval_data or "held out") if test_rows else []
     if config.dry_run:
         return describe(config, task, base, made_by(config, base, task.whole)[1], examples, tests)
-    with run_folder(config.output) as out:
-        return train_in(out, config, task, base, examples, tests, train_rows, test_rows)
+    with run_folder(config.output) as (out, publish):
+        return train_in(out, publish, config, task, base, examples, tests, train_rows, test_rows)
 
 
 def train_in(
     out: Path,
+    publish: Callable[[], None],
     config: TrainConfig,
     task: Answers,
     base: Pretrained,
@@ -65,7 +66,6 @@ def train_in(
     """`train` once everything is read, writing into `out`."""
     what, make = made_by(config, base, task.whole, lambda: task.sight(base, examples))
     claim(out)
-    save_settings(dataclasses.replace(config, resume=False), out / "settings.yaml")
     frozen, lora = make(base.params)
     say(jlora.summary(frozen, lora))
     keep = keeper(config, base, what, lora)
@@ -80,7 +80,8 @@ def train_in(
     mine = dataclasses.replace(config, output=str(out), track=config.track if first else ())
     with on_sigterm() if jax.process_count() == 1 else nullcontext(stopper()) as stop:
         examiner.ask(tests, test_rows, stop)
-        report = run(config, task, examiner, lora, lambda step: Watch(mine, step, save), examples)
+        watching = lambda step: Watch(mine, step, save, publish)
+        report = run(config, task, examiner, lora, watching, examples, publish)
     card = {"data": config.data, "steps": report["step"]}
     if "after" in report:
         card |= {f"held-out {name}": f"{value:.4g}" for name, value in report["after"].items()}
@@ -116,16 +117,37 @@ def run(
     lora: Any,
     watching: Callable[[int], Watch],
     examples: list[Any],
+    publish: Callable[[], None],
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate. Returns {before, after, samples, pace, step, trained (the tree), records}."""
-    steps, source = task.steps(examples), task.training(examples, task.steps(examples))
-    tx = optimiser_of(config, steps)
-    sums = task.objective(examiner.tuned)
-    batches = source.iterator()
-    checkpoints, state = opened(config, task.digest(examples), task.spread.state(init_state(lora, tx)), batches)
-    lies = task.spread.lies(state)
-    step = task.spread.step(make_train_step(sums, tx, seed=config.seed, accumulate=config.accumulate, lies=lies))
+    source = task.planned(examples)
+    steps, batches = len(source), source.iterator()
+    state, step = task.begin(examiner.tuned, lora, steps)
+    checkpoints, state = opened(config, task.digest(examples), state, batches, publish)
     watch = watching(int(state.step))
+    with closing(watch.tracker):
+        save_settings(dataclasses.replace(config, resume=False), watch.out / "settings.yaml")
+        report, state = fitted(config, examiner, watch, task.spread.step(step), state, batches, checkpoints, steps)
+    return {
+        **report,
+        "shapes": source.shapes,
+        "samples": watch.samples(),
+        "trained": on_every_host(state.trained),
+        "records": watch.metrics.read(),
+    }
+
+
+def fitted(
+    config: TrainConfig,
+    examiner: Examiner,
+    watch: Watch,
+    step: Callable[..., Any],
+    state: TrainState,
+    batches: Any,
+    checkpoints: Checkpoints,
+    steps: int,
+) -> tuple[dict[str, Any], TrainState]:
+    """({before, after, best, pace, step, skipped}, the last state): `run` once everything is open."""
 
     def after(state: TrainState, stop: Stop) -> bool:
         number = int(state.step)
@@ -150,7 +172,7 @@ def run(
     say(f"trained in {time.monotonic() - began:.0f} s; {watch.pace}")
     checkpoints.close()
     number = int(state.step)
-    report |= {"step": number, "pace": watch.pace.figures(), "skipped": watch.skipped(), "shapes": source.shapes}
+    report |= {"step": number, "pace": watch.pace.figures(), "skipped": watch.skipped()}
     if examiner.testing:
         report["after"] = examiner.full("after", state.trained)
         if config.eval_every:
@@ -161,19 +183,15 @@ def run(
     watch.sampled(number, examiner.shown, texts)
     for row, text in zip(examiner.shown, texts, strict=True):
         say(f"{row.prompt!r}\n  writes {text!r} (want {row.completion!r})")
-    watch.tracker.close()
-    return {
-        **report,
-        "samples": watch.samples(),
-        "trained": on_every_host(state.trained),
-        "records": watch.metrics.read(),
-    }
+    return report, state
 
 
-def opened(config: TrainConfig, data: int, state: TrainState, batches: Any) -> tuple[Checkpoints, TrainState]:
+def opened(
+    config: TrainConfig, data: int, state: TrainState, batches: Any, publish: Callable[[], None]
+) -> tuple[Checkpoints, TrainState]:
     """(checkpoints, state): the state to go on from where the run is resumed, and `batches` put there too."""
     identity = {**run_identity(config), "data_digest": data}
-    checkpoints = Checkpoints(f"{config.output}/checkpoints", identity)
+    checkpoints = Checkpoints(f"{config.output}/checkpoints", identity, before=publish)
     loose = [name for name in identity if name not in FIXED] if config.force else []
     found = checkpoints.restore(state, allow=loose) if config.resume else None
     if found is None:

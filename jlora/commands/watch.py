@@ -16,10 +16,12 @@ from jlora.train.track import make_tracker
 
 
 class Watch:
-    """One run's, going on at `step`; `save` writes an adapter."""
+    """One run's, going on at `step`; `save` writes an adapter, `publish` copies what is new to a remote folder."""
 
-    def __init__(self, config: TrainConfig, step: int, save: Callable[..., Path]):
-        self.config, self.out, self.save = config, Path(config.output), save
+    def __init__(
+        self, config: TrainConfig, step: int, save: Callable[..., Path], publish: Callable[[], None] = lambda: None
+    ):
+        self.config, self.out, self.save, self.publish = config, Path(config.output), save, publish
         self.metrics = Metrics(self.out / "metrics.jsonl", step)
         self.written = Metrics(self.out / "samples.jsonl", step)
         self.tracker = make_tracker(config.track, self.out, dataclasses.asdict(config), step)
@@ -38,10 +40,13 @@ class Watch:
 
     def evaluated(self, step: int, figures: dict[str, float], trained: Any) -> bool:
         """Figures of held-out rows; whether the run should end early. The best adapter so far is kept."""
+        better = self.best.better(step, figures["loss"])
+        if better:  # before its record, by which a run that goes on knows that it is saved
+            self.save(self.out / "best", trained, {"step": step})
         self.metrics.write("eval", {"step": step, **figures})
         self.tracker.write("eval", step, figures)
-        if self.best.better(step, figures["loss"]):
-            self.save(self.out / "best", trained, {"step": step})
+        if better:
+            self.publish()
         return self.best.enough(self.config.patience)
 
     def sampled(self, step: int, rows: list[Row], texts: list[str]) -> None:

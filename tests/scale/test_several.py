@@ -122,13 +122,47 @@ def test_who_else_is_there_is_read_off_the_launcher(tmp_path):
         distributed.start({"JLORA_COORDINATOR": "here:1", "JLORA_PROCESS": "0"})
 
 
-def test_a_remote_folder_gets_every_file_and_gives_the_metrics_back(tmp_path, monkeypatch):
+def test_a_remote_folder_gets_what_is_new_and_gives_the_records_back(tmp_path, monkeypatch):
     monkeypatch.setattr("jlora.commands.folder.remote", lambda output: True)
-    with pytest.raises(SystemExit), run_folder(str(tmp_path / "run")) as out:
+    there = tmp_path / "run"
+    with pytest.raises(SystemExit), run_folder(str(there)) as (out, publish):
         (out / "adapter").mkdir()
         (out / "adapter" / "weights").write_bytes(b"1")
         (out / "metrics.jsonl").write_text("{}\n")
+        publish()
+        (there / "adapter" / "weights").unlink()  # is not sent again
+        (out / "samples.jsonl").write_text("{}\n")
         raise SystemExit(143)
-    assert (tmp_path / "run" / "adapter" / "weights").read_bytes() == b"1" and not out.exists()
-    with run_folder(str(tmp_path / "run")) as out:
-        assert (out / "metrics.jsonl").read_text() == "{}\n"
+    assert {path.name for path in there.rglob("*")} == {"adapter", "metrics.jsonl", "samples.jsonl"}
+    assert not out.exists()
+    with run_folder(str(there)) as (out, _):
+        assert (out / "metrics.jsonl").read_text() == (out / "samples.jsonl").read_text() == "{}\n"
+
+
+KILLED = """
+import os, sys
+from jlora.cli import main
+from jlora.commands import folder, watch
+folder.remote, step = lambda output: True, watch.Watch.step
+def killed(self, record):
+    step(self, record)
+    if record["step"] == 8:
+        os._exit(9)
+watch.Watch.step = killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_remote_run_that_is_killed_goes_on_as_if_it_were_not(place, tmp_path, monkeypatch):
+    more = ["--steps", "9", "--save-every", "2", "--eval-every", "3", "--held-out", "8", "--samples", "1"]
+    main(arguments(place, tmp_path / "local", *more))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", KILLED, *arguments(place, tmp_path / "far", *more)]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    monkeypatch.setattr("jlora.commands.folder.remote", lambda output: True)
+    main(arguments(place, tmp_path / "far", *more, "--resume"))
+    for name in ("metrics.jsonl", "samples.jsonl", "best/adapter_model.safetensors"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
+    local, far = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("local", "far"))
+    assert far["samples"] == local["samples"] != [] and far["best"] == local["best"]

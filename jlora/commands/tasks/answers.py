@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -11,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.commands.parts import batches_of, objective
+from jlora.commands.parts import batches_of, objective, optimiser_of
 from jlora.commands.settings import TrainConfig, say, scheme
 from jlora.commands.share import shared
 from jlora.commands.spread import Spread, spread_of
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
 from jlora.io import Pretrained
 from jlora.methods.named import Sight
-from jlora.train import answer_sums, evaluate, make_eval_step
+from jlora.train import TrainState, answer_sums, evaluate, init_state, make_eval_step, make_train_step
 from jlora.train.loop import Stop
 
 REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots", "offload": "offload"}
@@ -104,9 +105,25 @@ class Answers:
         """An evaluation's figures from the `means` of its sums."""
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
+    def planned(self, examples: list[Any]) -> BatchSource:
+        """`training` for all of the run: `steps`, or what `epochs` passes over the examples take."""
+        source = self.training(examples, self.config.steps or 1)
+        source.steps = self.config.steps or max(1, round(self.config.epochs * source.per_epoch))
+        return source
+
     def steps(self, examples: list[Any]) -> int:
-        """`steps`, or what `epochs` passes over the examples take."""
-        return self.config.steps or max(1, round(self.config.epochs * self.training(examples, 1).per_epoch))
+        """Of the run."""
+        return len(self.planned(examples))
+
+    def begin(self, base: Pretrained, start: Any, steps: int) -> tuple[TrainState, Callable[..., Any]]:
+        """(the state before the first step, the compiled `step(state, frozen, batch)` on batches as `spread` splits
+        them). start: the trained tree, or its shapes, which give the state's. base: with the model as it is run."""
+        c, tx = self.config, optimiser_of(self.config, steps)
+        first = functools.partial(init_state, tx=tx)
+        shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(start))
+        state = self.spread.state(jax.eval_shape(first, start) if shapes else first(start))
+        lies = self.spread.lies(state)
+        return state, make_train_step(self.objective(base), tx, seed=c.seed, accumulate=c.accumulate, lies=lies)
 
     def digest(self, examples: list[Any]) -> int:
         """A checksum of the tokens and of what is learned about them, to tell one data set from another."""
