@@ -151,7 +151,7 @@ def test_a_run_that_diverges_stops_with_the_batch_in_hand(place, tmp_path, capsy
     code, _, err = run(capsys, *args, "--bad-steps", "2", "--batch", "4")
     assert code == 1 and "3 in a row: try a lower learning rate" in err
     assert np.load(tmp_path / "bad-batch.npz")["tokens"].shape[0] == 4
-    assert not (tmp_path / "adapter").exists() and told == [1, 2, 3, "closed"]
+    assert not (tmp_path / "adapter").exists() and told == [1, 2, 3, 4, "closed"]  # one good step, three bad
 
 
 def test_generate_with_and_without_the_adapter(trained, place, capsys, monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ logging.getLogger("absl").addFilter(not_raised_too)
 
 
 class Damaged(ValueError):
-    """Arrays that are not what was saved."""
+    """Arrays, or their record, that are not what was saved."""
 
 
 DAMAGE = (Damaged, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError)
@@ -37,7 +38,7 @@ network or memory was lacking, and the checkpoint may be whole."""
 
 
 class Checkpoints:
-    """`folder`/STEP/: arrays of the `TrainState` by key path, and JSON {position, run, bits}.
+    """`folder`/STEP/: arrays of the `TrainState` by key path, and JSON {position, run, bits, sum}.
 
     `run` is what must not change between a run and its resumption; a difference is refused with both values shown.
     `before` is called at the start of every save: what must not lag behind a checkpoint is written down there.
@@ -59,6 +60,7 @@ class Checkpoints:
         self.before()
         arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
         meta = {"position": position, "run": self.run, "bits": bits_of(arrays)}
+        meta["sum"] = sum_of(meta)
         both = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         with self.explained():  # the save before, too: it ends first
             self.manager.save(step, args=both)
@@ -85,6 +87,8 @@ class Checkpoints:
             return None
         with self.reading(step):
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            if meta.pop("sum", None) not in (None, sum_of(meta)):
+                raise Damaged("its record of the run is not what was saved")
             meta = {"position": meta["position"], "run": dict(meta["run"]), "bits": meta.get("bits")}
         changed = [
             f"{key}: {meta['run'].get(key)!r} -> {self.run.get(key)!r}"
@@ -138,6 +142,11 @@ class Checkpoints:
                 self.manager.wait_until_finished()
             finally:
                 self.manager.close()
+
+
+def sum_of(meta: Mapping[str, Any]) -> int:
+    """What tells a record of JSON with a bit changed."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 @jax.jit

@@ -193,3 +193,18 @@ def test_a_full_disk_ends_the_command_with_one_sentence_and_it_goes_on(tmp_path,
     assert not (tmp_path / "run" / "adapter").exists()
     main([*words, "--resume"])
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() and capsys.readouterr().err
+
+
+def test_a_bit_in_a_checkpoints_record_is_damage(tmp_path):
+    """In any byte of it: a changed name or setting must not be taken for another run's."""
+    saved = Checkpoints(tmp_path / "run", {"batch": 4})
+    fit(STEP, start(), None, Batches(), steps=2, checkpoints=saved, save_every=2)
+    saved.close()
+    record = tmp_path / "run" / "2" / "meta" / "metadata"
+    data = record.read_bytes()
+    for n in range(3, len(data), 7):
+        record.write_bytes(data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :])
+        again = Checkpoints(tmp_path / "run", {"batch": 4})
+        with pytest.raises(ValueError, match=r"this checkpoint is damaged; .*starts from step 0"):
+            again.restore(start())
+        again.close()
