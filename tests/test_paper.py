@@ -292,3 +292,11 @@ def test_verdicts_weigh_every_part_of_a_claim():
     ranks = {"q r=1": 0.68, "q r=8": 0.7, "qkvo r=1": 0.74, "qkvo r=8": 0.74}
     assert holds.ranks_hold(results("which", ranks)) == "agrees"
     assert holds.ranks_hold(results("which", ranks | {"q r=1": 0.7, "qkvo r=1": 0.6})) == "does not agree"
+
+    few = {f"{task}/lora": 0.8 for task in ("SST-2", "MRPC")} | {"SST-2/bitfit": 0.7, "MRPC/houlsby": 0.9}
+    assert holds.others_hold(results("glue", few)) == "open", "of methods of one seed there are three here"
+    one = results("glue", few)["glue"] | {"SST-2/pfeiffer/seed 0": {"score": 0.7}}
+    assert holds.others_hold({**results("glue", {}), "glue": one}) == "agrees so far"
+    one["MRPC/pfeiffer/seed 0"] = {"score": 0.95}
+    assert holds.others_hold({**results("glue", {}), "glue": one}) == "does not agree so far"
+    assert holds.glue_holds(results("glue", few | {"SST-2/full": 0.805, "MRPC/full": 0.8})) == "agrees so far"

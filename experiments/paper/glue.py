@@ -81,19 +81,20 @@ def counted(config: Config) -> list[str]:
 
 def averages(config: Config, done: Results) -> tuple[dict[str, float], list[str]]:
     """({method: mean over tasks, of the methods that have them all}, the tasks that LoRA and full have in full)."""
-    whole = lambda task, method: len(of(done, f"{task}/{method}")) == seeds_of(config, method)
-    tasks = [task for task in counted(config) if whole(task, "lora") and whole(task, "full")]
-    middle = lambda method: sum(mean(of(done, f"{task}/{method}"))[0] for task in tasks) / len(tasks)
-    return {m: middle(m) for m, _ in config.rates if tasks and all(whole(t, m) for t in tasks)}, tasks
+    tasks = whole(config, done, "lora", "full")
+    also = [method for method, _ in config.rates if tasks and {*tasks} <= {*whole(config, done, method)}]
+    return {method: middle(done, tasks, method) for method in also}, tasks
 
 
-def against_lora(config: Config, done: Results, method: str) -> tuple[float, float, list[str]]:
-    """(LoRA's mean x 100, `method`'s, over the tasks that both have in full, and these)."""
-    score = lambda task, name: of(done, f"{task}/{name}")
-    whole = lambda task: all(len(score(task, name)) == seeds_of(config, name) for name in ("lora", method))
-    tasks = [task for task in counted(config) if whole(task)]
-    mean_of = lambda name: 100 * sum(mean(score(task, name))[0] for task in tasks) / max(len(tasks), 1)
-    return mean_of("lora"), mean_of(method), tasks
+def whole(config: Config, done: Results, *methods: str) -> list[str]:
+    """The tasks of the average that all of `methods` have in full."""
+    seeds = lambda task, method: len(of(done, f"{task}/{method}"))
+    return [task for task in counted(config) if all(seeds(task, m) == seeds_of(config, m) for m in methods)]
+
+
+def middle(done: Results, tasks: list[str], method: str) -> float:
+    """A method's mean over tasks."""
+    return sum(mean(of(done, f"{task}/{method}"))[0] for task in tasks) / len(tasks)
 
 
 def show(config: Config, done: Results) -> Shown:

@@ -33,14 +33,12 @@ def glue_holds(results: Everything) -> str:
     """LoRA within a point of full fine-tuning on average."""
     average, full = glue.averages(glue.Config(), results["glue"])
     if full:
-        held = "agrees" if average["lora"] - average["full"] > -0.01 else "does not agree"
-        return held if full == glue.counted(glue.Config()) else f"{held} so far"
+        return how_far([average["lora"] - average["full"] > -0.01], full == glue.counted(glue.Config()))
     near = [score(results, task, "lora") - score(results, task, "full") > -0.01 for task in ("sst2", "snippets")]
-    return "agrees so far" if all(near) else "in part so far" if any(near) else "open"
+    return how_far(near, whole=False) if any(near) else "open"
 
 
 def e2e_holds(results: Everything) -> str:
-    """LoRA's BLEU above full fine-tuning's, and above every other method's that is there."""
     return set_holds(results, "e2e")
 
 
@@ -48,14 +46,26 @@ def sets_hold(results: Everything) -> str:
     return set_holds(results, "webnlg", "dart")
 
 
+def set_holds(results: Everything, *names: str) -> str:
+    """LoRA's BLEU above every other method's that is there, on each of the sets `names`."""
+    config, above, whole = e2e.Config(), [], True
+    for name in names:
+        found = {method: of(results["e2e"], f"{name}/{method}") for method in e2e.NAMES}
+        whole &= all(len(scores) >= seeds_of(config, method) for method, scores in found.items())
+        lora = found.pop("lora")
+        above += [mean(lora)[0] > mean(other)[0] for other in found.values() if lora and other]
+    return how_far(above, whole)
+
+
 def others_hold(results: Everything) -> str:
     """BitFit and each adapter below LoRA on average."""
-    config, below, whole = glue.Config(), [], True
+    config, done, below, whole = glue.Config(), results["glue"], [], True
     for method in ("bitfit", "houlsby", "pfeiffer"):
-        ours, theirs, tasks = glue.against_lora(config, results["glue"], method)
-        below += [theirs < ours] if tasks else []
+        tasks = glue.whole(config, done, "lora", method)
+        if tasks:
+            below.append(glue.middle(done, tasks, method) < glue.middle(done, tasks, "lora"))
         whole &= tasks == glue.counted(config)
-    return how_far(below) + ("" if whole or not below else " so far")
+    return how_far(below, whole)
 
 
 def ranks_hold(results: Everything) -> str:
@@ -75,17 +85,6 @@ def dimension_holds(results: Everything) -> str:
         return "open"
     shares = [one.share or 1.0 for one in sorted(found, key=lambda one: one.parameters)]
     return how_far([*(share < 0.01 for share in shares), shares[-1] <= shares[0]])
-
-
-def set_holds(results: Everything, *names: str) -> str:
-    """The same on each of the sets `names`; "so far" while a seed or a method is missing."""
-    config, above, whole = e2e.Config(), [], True
-    for name in names:
-        found = {method: of(results["e2e"], f"{name}/{method}") for method in e2e.NAMES}
-        whole &= all(len(scores) >= seeds_of(config, method) for method, scores in found.items())
-        lora = found.pop("lora")
-        above += [mean(lora)[0] > mean(other)[0] for other in found.values() if lora and other]
-    return how_far(above) + ("" if whole or not above else " so far")
 
 
 def preference_holds(results: Everything) -> str:
@@ -151,8 +150,12 @@ def forgetting_holds(results: Everything) -> str:
     return how_far([figure["full"] > figure["lora"] for figure in (grown, apart)])
 
 
-def how_far(held: Sequence[bool]) -> str:
-    return "open" if not held else "agrees" if all(held) else "in part" if any(held) else "does not agree"
+def how_far(held: Sequence[bool], whole: bool = True) -> str:
+    """Of the parts of a claim. whole: whether all that they weigh has run."""
+    if not held:
+        return "open"
+    said = "agrees" if all(held) else "in part" if any(held) else "does not agree"
+    return said if whole else f"{said} so far"
 
 
 def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]) -> str:
