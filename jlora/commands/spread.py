@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import sharding
+from jlora.commands.folder import remote
 from jlora.commands.settings import TrainConfig
 from jlora.compiled import keep_compiled
 from jlora.io import Pretrained, load
@@ -122,7 +123,7 @@ def spread_of(config: TrainConfig, options: dict[str, Any]) -> tuple[Pretrained,
     Without `mesh` all devices split the base (fsdp); one device needs none.
     Raises ValueError for a mesh or a batch that does not fit the devices, and what `load` raises.
     """
-    if "://" in config.output and not config.dry_run:
+    if remote(config.output) and not config.dry_run:
         keep_compiled(config.output)
     if jax.device_count() == 1 or config.dry_run:
         if config.mesh and not config.dry_run:
