@@ -13,14 +13,13 @@ root="$(cd "$(dirname "$0")/../.." && pwd)"
 where=(--project "$PROJECT" --zone "$ZONE")
 
 gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$type" --version "$image"
-trap 'gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet' EXIT
+token="$(mktemp)"
+trap 'rm -f "$token"; gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet' EXIT
 gcloud compute tpus tpu-vm scp --recurse "$root" "$name:jlora" "${where[@]}" --worker=all
 if [[ -n "${HF_TOKEN:-}" ]]; then # in a file: everybody on a machine sees its command lines
-  token="$(mktemp)"
   printf %s "$HF_TOKEN" >"$token"
   gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "mkdir -p -m 700 .cache/huggingface"
   gcloud compute tpus tpu-vm scp "$token" "$name:.cache/huggingface/token" "${where[@]}" --worker=all
-  rm "$token"
 fi
 gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "
   pip install -q -e './jlora[tpu,data]' gcsfs && export PATH=\$HOME/.local/bin:\$PATH
