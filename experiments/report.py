@@ -94,12 +94,24 @@ def markdown(found: list[Part], results: dict[str, Any]) -> str:
     return "\n\n".join(out) + "\n"
 
 
-SORT = """document.querySelectorAll('th').forEach(th => th.onclick = () => {
-  const table = th.closest('table'), at = [...th.parentNode.children].indexOf(th), up = th.dataset.up = th.dataset.up ? '' : '1'
-  const key = row => { const text = row.children[at].innerText, x = parseFloat(text.replace(/,/g, '')); return isNaN(x) ? text : x }
-  const rows = [...table.rows].slice(1).sort((a, b) => { const x = key(a), y = key(b)
-    return (x === '' ? 1 : y === '' ? -1 : typeof x === typeof y ? (x > y) - (x < y) : typeof x === 'number' ? -1 : 1) * (up ? 1 : -1) })
-  table.append(...rows) })"""  # noqa: E501
+SORT = """document.querySelectorAll('th').forEach(th => {
+  th.tabIndex = 0
+  th.onkeydown = event => { if (event.key === 'Enter') th.click() }
+  th.onclick = () => {
+    const table = th.closest('table'), heads = [...th.parentNode.children], at = heads.indexOf(th)
+    const up = th.ariaSort !== 'ascending'
+    heads.forEach(head => head.ariaSort = null)
+    th.ariaSort = up ? 'ascending' : 'descending'
+    const key = row => { const text = row.children[at].innerText, x = parseFloat(text.replace(/,/g, ''))
+      return isNaN(x) ? text : x }
+    const order = (x, y) => typeof x === typeof y ? (x > y) - (x < y) : typeof x === 'number' ? -1 : 1
+    const rows = [...table.rows].slice(1), held = rows.filter(row => key(row) !== '')
+    held.sort((a, b) => order(key(a), key(b)) * (up ? 1 : -1))
+    table.append(...held, ...rows.filter(row => key(row) === '')) } })"""
+MORE = """body { max-width: 76rem } img { max-width: 100%; background: #fff }
+.wide { overflow-x: auto } .wide td, .wide th { overflow-wrap: normal; min-width: 5rem }
+th { cursor: pointer; white-space: normal } th[aria-sort=ascending]::after { content: " \\2191" }
+th[aria-sort=descending]::after { content: " \\2193" }"""
 
 
 def page(found: list[Part], results: dict[str, Any]) -> str:
@@ -114,11 +126,9 @@ def page(found: list[Part], results: dict[str, Any]) -> str:
             caption = escape(figure.caption)
             image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
             out.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    more = "body { max-width: 76rem } th { cursor: pointer; white-space: normal } "
-    more += "img { max-width: 100%; background: #fff }"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
     body = "\n".join(out)
-    head += f"<title>The paper, run here</title><style>{STYLE}{more}</style>"
+    head += f"<title>The paper, run here</title><style>{STYLE}{MORE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n<script>{SORT}</script></body></html>\n'
 
 
@@ -129,10 +139,10 @@ def marked(text: str) -> str:
 
 
 def html(table: Table) -> str:
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(cell.strip('`'))}</{tag}>" for cell in cells) + "</tr>"
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{marked(cell)}</{tag}>" for cell in cells) + "</tr>"
     lines = [row(table.head, "th"), *(row(cells, "td") for cells in table.rows)]
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
-    return f"{note}<table>{''.join(lines)}</table>"
+    return f'{note}<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def png(figure: Any) -> bytes:
