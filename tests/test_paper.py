@@ -19,6 +19,7 @@ from jlora.analysis import amplification, similarity
 from jlora.commands.settings import TrainConfig
 from jlora.commands.train import train
 from jlora.data import Row
+from jlora.data.tokens import prompt_ids, text_ids
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from tests.small import rows, small_model
@@ -289,6 +290,14 @@ def test_verdicts_weigh_every_part_of_a_claim():
     assert holds.combined_holds(results("combined", alone | sums)) == "agrees"
     assert holds.combined_holds(results("combined", alone | sums | {"SST-2/prompt": 0.83})) == "in part"
 
+    told = {f"{count} examples": {"of two": 0.7} for count in (0, 4, 16)}
+    tuned = {"lora/seed 0": {"of two": 0.85}}
+    nothing = {one: {} for one in (*NAMES, "methods")}
+    assert holds.shots_hold(nothing | {"shots": told | tuned}) == "agrees"
+    assert holds.shots_hold(nothing | {"shots": told | tuned | {"16 examples": {"of two": 0.8}}}) == "in part"
+    assert holds.shots_hold(nothing | {"shots": {"0 examples": {"of two": 0.7}} | tuned}) == "agrees so far"
+    assert holds.shots_hold(nothing | {"shots": told}) == "open"
+
     ranks = {"q r=1": 0.68, "q r=8": 0.7, "qkvo r=1": 0.74, "qkvo r=8": 0.74}
     assert holds.ranks_hold(results("which", ranks)) == "agrees"
     assert holds.ranks_hold(results("which", ranks | {"q r=1": 0.7, "qkvo r=1": 0.6})) == "does not agree"
@@ -300,3 +309,31 @@ def test_verdicts_weigh_every_part_of_a_claim():
     one["MRPC/pfeiffer/seed 0"] = {"score": 0.95}
     assert holds.others_hold({**results("glue", {}), "glue": one}) == "does not agree so far"
     assert holds.glue_holds(results("glue", few | {"SST-2/full": 0.805, "MRPC/full": 0.8})) == "agrees so far"
+
+
+def test_examples_in_the_prompt(tmp_path):
+    import random
+
+    from experiments.paper import shots
+
+    many = [Row(f"film {n}:", f" {mood}", where="") for n in range(20) for mood in ("bad", "good")]
+    text = shots.with_shots("film x:", many, 4, random.Random(0))
+    told = text.split("\n\n")
+    assert len(told) == 5 and told[-1] == "film x:" and sum(one.endswith(" good") for one in told) == 2
+    assert shots.with_shots("film x:", many, 0, random.Random(0)) == "film x:"
+
+    base = load(small_model(tmp_path / "model"))
+    prompts = ["a good film", "a", "a film that nobody will see twice or once"]
+    logits = []
+    for prompt in prompts:  # one by one, unpadded
+        tokens = np.asarray([prompt_ids(base.tokenizer, prompt)])
+        hidden = base.model.apply({"params": base.params}, tokens, method="hidden")
+        logits.append(base.model.apply({"params": base.params}, hidden[0, -1], method="head"))
+    best = [base.tokenizer.decode([int(one.argmax())]) for one in logits]
+    first = [text_ids(base.tokenizer, answer)[0] for answer in best]
+    assert first == [int(one.argmax()) for one in logits]
+    assert shots.judged(base, base.params, prompts, best, 2)["word"] == 1
+    turned = [*best[1:], best[0]]
+    found = shots.judged(base, base.params, prompts, turned, 2)
+    want = sum(int(one.argmax()) == text_ids(base.tokenizer, answer)[0] for one, answer in zip(logits, turned, strict=True))
+    assert found["word"] == want / 3

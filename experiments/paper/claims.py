@@ -132,13 +132,9 @@ CLAIMS = [
     Claim(
         "GPT-3: fine-tuned far above few-shot",
         "MNLI 89.5 against 40.6, RTE 85.4 against 69.0",
-        always(
-            "SmolLM2 answers 0 % of movie snippets with the right word alone before and 91.4 % after (README), no "
-            "examples in the prompt; of the two words it gives the right one the higher probability for 81 % before. "
-            "GPT-3's cannot be made"
-        ),
-        "jlora demo",
-        always("not the same thing"),
+        f.shots_here,
+        RUN.format("shots"),
+        h.shots_hold,
     ),
     Claim(
         "LoRA with prefixes: PreEmbed helps on one task, PreLayer hurts a little",

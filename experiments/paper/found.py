@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper import combined, e2e, few, glue, nlg, which
+from experiments.paper import combined, e2e, few, glue, nlg, shots, which
 from experiments.paper.chosen import DECIDE, of
 from experiments.paper.tables import cell, mean
 
@@ -71,6 +71,16 @@ def once(results: Everything, names: dict[str, str]) -> str:
             parts = [f"{name} {100 * held['accuracy']:.1f}" for name, held in found.items() if held]
             said.append(f"{model} (n = {next(iter(found.values()))['n']}): {', '.join(parts)}")
     return f"one seed, rates guessed, few steps: {'; '.join(said)}" if said else ""
+
+
+def shots_here(results: Everything) -> str:
+    shown = shots.show(shots.Config(), results["shots"]).tables[0] if results["shots"] else None
+    said = [f"{name} {two} ({word} of all words)" for name, word, two in shown.rows if two] if shown else []
+    return (
+        f"SmolLM2 on movie snippets, the right one of two words: {'; '.join(said)}. GPT-3's cannot be made"
+        if said
+        else ""
+    )
 
 
 def which_here(cases: tuple[tuple[str, int], ...]) -> Callable[[Everything], str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper import combined, dimension, e2e, few, glue, which
+from experiments.paper import combined, dimension, e2e, few, glue, shots, which
 from experiments.paper.chosen import of, seeds_of
 from experiments.paper.found import Everything, overfit, planned, steps, watched
 from experiments.paper.tables import mean
@@ -105,6 +105,15 @@ def combined_holds(results: Everything) -> str:
     embed = [at(task, "lora+prompt") > max(at(task, "lora"), at(task, "prompt")) for task in tasks]
     layer = [at(task, "lora+prefix") < at(task, "lora") for task in tasks]
     return how_far([any(embed), not all(embed), all(layer)])
+
+
+def shots_hold(results: Everything) -> str:
+    """Of two words, LoRA right more often than with any number of examples in the prompt; and by ten points."""
+    config, done = shots.Config(), results["shots"]
+    told = [done[f"{count} examples"]["of two"] for count in config.shots if f"{count} examples" in done]
+    lora = of(done, "lora", "of two")
+    ahead = mean(lora)[0] - max(told) if told and lora else None
+    return "open" if ahead is None else how_far([ahead > 0, ahead > 0.1], len(told) == len(config.shots))
 
 
 def which_holds(results: Everything) -> str:
