@@ -335,5 +335,7 @@ def test_examples_in_the_prompt(tmp_path):
     assert shots.judged(base, base.params, prompts, best, 2)["word"] == 1
     turned = [*best[1:], best[0]]
     found = shots.judged(base, base.params, prompts, turned, 2)
-    want = sum(int(one.argmax()) == text_ids(base.tokenizer, answer)[0] for one, answer in zip(logits, turned, strict=True))
+    want = sum(
+        int(one.argmax()) == text_ids(base.tokenizer, answer)[0] for one, answer in zip(logits, turned, strict=True)
+    )
     assert found["word"] == want / 3
