@@ -33,6 +33,7 @@ TESTS = {
     "jlora/lift.py": [*CORE, "tests/faults/test_api.py"],
     "jlora/leaves.py": [*CORE, "tests/test_dimension_numbers.py"],
     "jlora/lora.py": [*CORE, "tests/faults/test_api.py"],
+    "jlora/merging.py": [*CORE, "tests/faults/test_api.py"],
     "jlora/tree.py": ["tests/test_tree.py", "tests/test_lora.py"],
     "jlora/io/peft.py": ["tests/io/test_peft.py", "tests/io/test_from_peft.py"],
     "jlora/io/beside.py": ["tests/io/test_peft.py", "tests/faults/test_interrupts.py"],

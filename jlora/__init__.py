@@ -6,7 +6,8 @@ from jlora.config import LoraConfig
 from jlora.layouts import Layout, layouts
 from jlora.leaves import ImplicitLeaf, LoraLeaf, MaterialisedWarning
 from jlora.lift import lift
-from jlora.lora import LoraFactors, combine, lorafy, merge
+from jlora.lora import LoraFactors, lorafy
+from jlora.merging import combine, merge
 from jlora.optim import keep, only_trainable, trainable_labels, trainable_mask
 from jlora.quant import QuantisedLeaf, dequantise, quantise
 from jlora.summary import summary

@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
         with joined(name) as first:
             result = getattr(loaded, function)(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"jlora {name}: {sentence(error)}", file=sys.stderr)
+        print(f"jlora {name}: {sentence(error, name)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -104,12 +104,13 @@ def joined(name: str) -> Iterator[bool]:
         os._exit(143)  # the usual way out waits for the lost one
 
 
-def sentence(error: BaseException) -> str:
-    """An error as it is told; the system's own with the file first, and what would help."""
+def sentence(error: BaseException, name: str = "") -> str:
+    """An error of the command `name` as it is told; the system's own with the file first, and what would help."""
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
     helps = dict.fromkeys((errno.EROFS, errno.EACCES), " (give another folder with --output)")
-    helps[errno.ENOSPC] = " (free some space; a run goes on with --resume from its last checkpoint)"
+    goes_on = "; the run goes on with --resume from its last checkpoint" if name == "train" else ""
+    helps[errno.ENOSPC] = f" (free some space{goes_on})"
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror}{helps.get(error.errno or 0, '')}"
 

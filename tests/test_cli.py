@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 import jlora
-from jlora.cli import main
+from jlora.cli import main, sentence
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.train import OptimiserConfig
@@ -306,3 +307,9 @@ def test_sigterm_saves_and_resume_gives_the_same_bits(trained, place, tmp_path):
     same = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (trained, out)]
     assert same[0] == same[1]
     assert (trained / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+
+
+def test_a_full_disk_names_resume_where_a_run_goes_on():
+    full = OSError(errno.ENOSPC, "No space left on device", "out")
+    assert sentence(full, "merge") == "out: No space left on device (free some space)"
+    assert "goes on with --resume" in sentence(full, "train")

@@ -77,7 +77,7 @@ def test_classes_of_pairs_are_learnt_and_the_head_goes_into_peft_s_file(encoder,
 
     from jlora.io import load
     from jlora.io.adapters import load_adapter
-    from jlora.lora import merge
+    from jlora.merging import merge
 
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2), adapter

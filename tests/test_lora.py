@@ -12,7 +12,8 @@ import pytest
 
 import jlora
 from jlora.leaves import LoraLeaf, MaterialisedWarning
-from jlora.lora import MergedAsFloats, Together, is_adapter, on_plain_base
+from jlora.lora import Together, is_adapter, on_plain_base
+from jlora.merging import MergedAsFloats
 from jlora.methods import bitfit
 
 X = jax.random.normal(jax.random.key(9), (5, 12))

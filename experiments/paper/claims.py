@@ -211,8 +211,12 @@ CLAIMS = [
     Claim(
         "A quantised base (QLoRA) learns as well",
         "Dettmers et al.",
-        always("SmolLM2 in float32, int8, NF4 and int4 side by side: docs/quantised.md"),
+        always(
+            "SmolLM2 on movie snippets, right words after LoRA on the base in float32 87.5 %, int8 86.0, NF4 83.5, "
+            "int4 82.0 (one seed, 5 points each way; docs/quantised.md)"
+        ),
         "python experiments/quantised.py",
+        always("in part"),
     ),
     Claim(
         "DPO trains on pairs (here: ordered by people's separate ratings of unrelated snippets)",

@@ -24,7 +24,7 @@ from jlora.io.patterns import Patterns
 from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
 from jlora.io.tensors import finite, some
 from jlora.io.text import one_line
-from jlora.io.whole import filled, weights_of, whole_of
+from jlora.io.whole import stacked, weights_of, whole_of
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
@@ -243,7 +243,7 @@ def entry_of(w: Any, found: list[Part], dtype: Any, path: str = "") -> LoraFacto
         return entry
     held = {part.layer: np.asarray(part.magnitude).reshape(-1) for part in found}
     norms = lambda: with_magnitude(weights_of(w, path), entry)[1].magnitude  # layers that are left out keep their own
-    return DoraFactors(entry, filled(held, w.shape[0], norms, dtype))
+    return DoraFactors(entry, stacked(held, w.shape[0], norms, dtype))
 
 
 About: TypeAlias = LoraConfig | MethodConfig

@@ -19,10 +19,11 @@ import numpy as np
 
 from jlora.io.load import Pretrained
 from jlora.io.peft import PREFIX, module_of, put_adapter, targets_of
-from jlora.io.whole import filled, whole_of
+from jlora.io.whole import stacked, whole_of
 from jlora.leaves import RANK
 from jlora.lift import lift
-from jlora.lora import Together, combine, is_adapter
+from jlora.lora import Together, is_adapter
+from jlora.merging import combine
 from jlora.methods import full, ia3
 from jlora.methods.columns import reading
 from jlora.methods.plant import entries_of, leaves_of, plant
@@ -198,7 +199,7 @@ def load_ia3(folder: str | Path, arrays: Mapping[str, np.ndarray], base: Pretrai
         if not scaled:
             return whole_of(entry, values[path], jnp.float32)
         held = {tensor.layer: x.reshape(-1) for tensor, x in values[path]}
-        return dataclasses.replace(entry, scale=filled(held, shape[0], lambda: jnp.ones(shape), jnp.float32))
+        return dataclasses.replace(entry, scale=stacked(held, shape[0], lambda: jnp.ones(shape), jnp.float32))
 
     def tree(t: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda keys, x: fill(x, path_of(keys)), t, is_leaf=is_adapter)

@@ -14,7 +14,7 @@ from jlora.leaves import is_implicit
 from jlora.models.tensors import HFTensor
 
 
-def filled(held: Mapping[int | None, np.ndarray], count: int, rest: Callable[[], Any], dtype: Any) -> jax.Array:
+def stacked(held: Mapping[int | None, np.ndarray], count: int, rest: Callable[[], Any], dtype: Any) -> jax.Array:
     """What a file holds of a leaf, by layer: all of it where the key is None, else [count, ...], the layers that it
     leaves out from `rest()`, also [count, ...]."""
     if None in held:
@@ -27,7 +27,7 @@ def filled(held: Mapping[int | None, np.ndarray], count: int, rest: Callable[[],
 def whole_of(w: Any, found: Sequence[tuple[HFTensor, np.ndarray]], dtype: Any) -> jax.Array:
     """A leaf trained whole: the file's values, the base's in layers the file leaves out."""
     held = {tensor.layer: array.T if tensor.transpose else array for tensor, array in found}
-    return filled(held, w.shape[0], lambda: weights_of(w, found[0][0].path), dtype)
+    return stacked(held, w.shape[0], lambda: weights_of(w, found[0][0].path), dtype)
 
 
 def weights_of(w: Any, path: str) -> jax.Array:

@@ -15,7 +15,8 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.leaves import is_implicit
-from jlora.lora import axes_of, combine
+from jlora.lora import axes_of
+from jlora.merging import combine
 from jlora.quant.leaf import QuantisedLeaf
 from jlora.quant.schemes import scheme_of
 from jlora.targets import letters_of, targeted

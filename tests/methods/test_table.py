@@ -10,7 +10,7 @@ import pytest
 from toys import KEY, TOKENS, apply_of, encoder, jitter, llama, page, stacks
 
 import jlora
-from jlora.lora import MergedAsFloats
+from jlora.merging import MergedAsFloats
 from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3
 from jlora.methods.together import together
 from jlora.tree import size

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.lora import MergedAsFloats
+from jlora.merging import MergedAsFloats
 from jlora.methods import full
 from jlora.quant import NF4, Int4, merge_quantised
 from jlora.tree import nbytes

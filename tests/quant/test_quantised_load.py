@@ -9,7 +9,7 @@ import pytest
 import jlora
 from jlora.cli import main
 from jlora.io import load
-from jlora.lora import MergedAsFloats
+from jlora.merging import MergedAsFloats
 from tests.small import rows, small_model
 
 
