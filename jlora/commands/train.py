@@ -25,7 +25,7 @@ from jlora.commands.watch import Watch
 from jlora.data import Row, split_rows
 from jlora.distributed import on_every_host, stopper
 from jlora.io import Pretrained
-from jlora.io.lock import claim, release
+from jlora.io.lock import claimed
 from jlora.train import Checkpoints, TrainState, fit
 from jlora.train.loop import Stop, on_sigterm
 from jlora.train.metrics import text_metric
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     tests = task.examples(test_rows, base, config.eval_data or "held out") if test_rows else []
     if config.dry_run:
         return describe(config, task, base, made_by(config, base, task.whole)[1], examples, tests)
-    with run_folder(config.output) as (out, publish):
+    with run_folder(config.output) as (out, publish), claimed(out):
         return train_in(out, publish, config, task, base, examples, tests, train_rows, test_rows)
 
 
@@ -65,7 +65,6 @@ def train_in(
 ) -> dict[str, Any]:
     """`train` once everything is read, writing into `out`."""
     what, make = made_by(config, base, task.whole, lambda: task.sight(base, examples))
-    claim(out)
     frozen, lora = make(base.params)
     say(jlora.summary(frozen, lora))
     keep = keeper(config, base, what, lora)
@@ -96,7 +95,6 @@ def train_in(
     data |= {"cut": task.cut, "compiled_shapes": report.pop("shapes")}
     report["page"] = str(write_page(out / "report.html", report, records, dataclasses.asdict(config), data))
     write_json(out / "report.json", report)
-    release(out)
     return report
 
 

@@ -14,42 +14,47 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = ".lock"
-HELD: dict[Path, IO[str]] = {}
+HELD: set[Path] = set()
 
 
-def claim(folder: str | Path) -> None:
-    """Hold `folder` (made if need be) until `release` or the end of this process, which may claim it again.
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) for the block; a block within it, in the same process, may claim it again.
 
     Raises BlockingIOError, an OSError, if another process holds it. File systems without locks hold nothing.
     """
     path = Path(folder).resolve()
     path.mkdir(parents=True, exist_ok=True)
-    if fcntl is None or path in HELD:
+    if path in HELD:
+        yield
         return
-    file = (path / NAME).open("a+", encoding="utf-8")
+    with (path / NAME).open("a+", encoding="utf-8") as file:
+        if locked(file, folder):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+        HELD.add(path)
+        try:
+            yield
+        finally:
+            HELD.remove(path)
+
+
+def locked(file: IO[str], folder: str | Path) -> bool:
+    """Whether the system gave the lock. Raises BlockingIOError naming the process that has it."""
+    if fcntl is None:
+        return False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows either
         file.seek(0)
         who = file.read(20).strip() or "unknown"
-        file.close()
         raise BlockingIOError(
             f"{folder} is in use by another process (number {who}): wait for it, or give another folder"
         ) from None
     except OSError:
-        file.close()
-        return
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    HELD[path] = file
-
-
-def release(folder: str | Path) -> None:
-    """Let go of it, if it is held."""
-    file = HELD.pop(Path(folder).resolve(), None)
-    if file is not None:
-        file.close()
+        return False
+    return True
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from jlora.config import LoraConfig
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.io.gguf_adapter import save_gguf_adapter
-from jlora.io.lock import claim, release
+from jlora.io.lock import claimed
 from jlora.io.peft import save_peft
 from jlora.io.pypi import SMOLLM2, PipFile, pip_file
 from jlora.io.save import save
@@ -164,7 +164,12 @@ def test_a_link_out_of_a_model_is_not_copied_into_what_is_merged(base, tmp_path)
     assert not (tmp_path / "merged" / "LICENSE").exists()
 
 
-HOLD = "import sys; from jlora.io.lock import claim; claim(sys.argv[1]); print('held', flush=True); input()"
+HOLD = """import sys
+from jlora.io.lock import claimed
+with claimed(sys.argv[1]):
+    print('held', flush=True)
+    input()
+"""
 
 
 def test_a_second_process_on_a_run_folder_is_refused(base, tmp_path, capsys):
@@ -178,9 +183,16 @@ def test_a_second_process_on_a_run_folder_is_refused(base, tmp_path, capsys):
         assert end.value.code == 1 and f"in use by another process (number {other.pid})" in said
         assert [path.name for path in out.iterdir()] == [".lock"]
         other.kill()
-    claim(out)  # a killed process holds nothing
-    claim(out)
-    release(out)
+    with claimed(out):  # a killed process holds nothing; one may claim again, and still holds it afterwards
+        with claimed(out):
+            pass
+        second = subprocess.run([sys.executable, "-c", HOLD, str(out)], capture_output=True, text=True)
+        assert f"number {os.getpid()}" in second.stderr
+    with pytest.raises(RuntimeError), claimed(out):
+        raise RuntimeError("a run that fails lets go")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        other.kill()
 
 
 def test_what_a_killed_download_leaves_is_cleared(tmp_path, monkeypatch):
