@@ -267,7 +267,7 @@ def test_every_claim_names_what_finds_it():
 
 
 def test_verdicts_weigh_every_part_of_a_claim():
-    from experiments.paper import holds
+    from experiments.paper import glue, holds
 
     def results(name, scores, seeds=3):
         found = {f"{key}/seed {n}": {"score": score} for key, score in scores.items() for n in range(seeds)}
@@ -297,6 +297,12 @@ def test_verdicts_weigh_every_part_of_a_claim():
     assert holds.shots_hold(nothing | {"shots": told | tuned | {"16 examples": {"of two": 0.8}}}) == "in part"
     assert holds.shots_hold(nothing | {"shots": {"0 examples": {"of two": 0.7}} | tuned}) == "agrees so far"
     assert holds.shots_hold(nothing | {"shots": told}) == "open"
+
+    once = {"CoLA/lora": 0.1, "CoLA/full": 0.3}
+    more = {"CoLA, 3600 steps/lora": 0.3, "CoLA, 3600 steps/full": 0.3}
+    (longer,) = glue.patience(glue.Config(), results("glue", once | more)["glue"])
+    assert [row[1:3] for row in longer.rows] == [["1200", "10.0 ± 0.0 (3)"], ["3600", "30.0 ± 0.0 (3)"]]
+    assert not glue.patience(glue.Config(), results("glue", once)["glue"])
 
     ranks = {"q r=1": 0.68, "q r=8": 0.7, "qkvo r=1": 0.74, "qkvo r=8": 0.74}
     assert holds.ranks_hold(results("which", ranks)) == "agrees"

@@ -43,10 +43,14 @@ class Config:
     """Seeds of the methods that decide no claim."""
     search: tuple[str, ...] = ("SST-2", "STS-B")
     """The tasks on which those methods' rates are chosen: the rest have the first one's."""
+    longer: tuple[tuple[str, int], ...] = (("CoLA", 3600),)
+    """Again with more steps, LoRA and full fine-tuning at the rates that they have: is a gap one of patience?"""
     batch: int = 16
 
 
-SMALL = Config(tasks=(("STS-B", 4), ("CoLA", 4)), rates=rates_of("full", "prefix"), seeds=2, search=("STS-B",))
+SMALL = Config(
+    tasks=(("STS-B", 4), ("CoLA", 4)), rates=rates_of("full", "prefix"), seeds=2, search=("STS-B",), longer=()
+)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -58,8 +62,17 @@ def cells(config: Config) -> list[Cell]:
         return {"score": fitted.judge(test)[GLUE[task].metric], "trained": fitted.count}
 
     rates = dict(config.rates)
+    again = [
+        one
+        for task, steps in config.longer
+        for method in DECIDE
+        for one in tuned(
+            f"{task}, {steps} steps/{method}", rates[method], config.seeds, functools.partial(fit, task, steps, method),
+            like=f"{task}/{method}",
+        )
+    ]  # fmt: skip
     alone = lambda task, method: method in DECIDE or task in config.search
-    return [
+    once = [
         one
         for methods in stages(tuple(rates))
         for task, steps in sorted(config.tasks, key=lambda pair: pair[0] not in config.search)
@@ -72,6 +85,7 @@ def cells(config: Config) -> list[Cell]:
             like="" if alone(task, method) else f"{config.search[0]}/{method}",
         )
     ]
+    return [*once, *again]
 
 
 def counted(config: Config) -> list[str]:
@@ -112,7 +126,21 @@ def show(config: Config, done: Results) -> Shown:
         "over a task's rows, a tenth of SST-2's; the paper's are 25 to 80. Rates are searched on each task for LoRA "
         "(all its steps) and full fine-tuning (half of them), on SST-2 and STS-B for the rest. Empty: not run yet."
     )
-    return Shown([Table(["method", "trained", *tasks, "average"], rows, note)])
+    table = Table(["method", "trained", *tasks, "average"], rows, note)
+    return Shown([table, *patience(config, done)])
+
+
+def patience(config: Config, done: Results) -> list[Table]:
+    """LoRA and full fine-tuning by the number of steps."""
+    rows = []
+    for task, steps in config.longer:
+        for count, name in ((dict(config.tasks)[task], task), (steps, f"{task}, {steps} steps")):
+            found = [cell(of(done, f"{name}/{method}")) for method in DECIDE]
+            rows += [[task, str(count), *found]] if all(found) else []
+    if len(rows) <= len(config.longer):
+        return []
+    note = "With more steps, rates as above."
+    return [Table(["task", "steps", *(NAMES[method] for method in DECIDE)], rows, note)]
 
 
 EXPERIMENT = Experiment("glue", "Table 2: GLUE", Config(), SMALL, cells, show)
