@@ -87,6 +87,7 @@ def markdown(found: list[Part], results: dict[str, Any]) -> str:
         if not part.done:
             continue
         out += [f"## {part.about.title}", f"`python -m experiments.all {part.about.name}`: {part.state}."]
+        out += [part.shown.text] if part.shown.text else []
         out += [table.markdown() for table in part.shown.tables]
         out += [f"![{figure.caption}](results/{figure.name}.png)" for figure in part.shown.figures]
     left = [f"{part.about.name} ({part.about.title})" for part in found if not part.done]
@@ -120,6 +121,7 @@ def page(found: list[Part], results: dict[str, Any]) -> str:
     for part in found:
         out += [f"<h2>{escape(part.about.title)}</h2>", f"<p>{escape(part.state)}</p>"]
         if part.done:
+            out += [f"<p>{marked(part.shown.text)}</p>"] if part.shown.text else []
             out += [html(table) for table in part.shown.tables]
         for figure in part.shown.figures:
             data = base64.b64encode(png(figure.drawn)).decode()

@@ -34,10 +34,11 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """Of one experiment."""
+    """Of one experiment. text: what it means, before the tables."""
 
     tables: list[Table] = dataclasses.field(default_factory=list)
     figures: list[Figure] = dataclasses.field(default_factory=list)
+    text: str = ""
 
 
 def mean(values: Iterable[float]) -> tuple[float, float]:
