@@ -241,11 +241,11 @@ def told(config: Config, done: Results) -> str:
         "What full fine-tuning changes leans on few directions: the first 8 hold "
         f"{span(mean(full, 'share of 8'), '.0%')} of its square (of a random matrix "
         f"{span([one['random'] for one in full], '.0%')}), the first 64 {span(mean(full, 'share of 64'), '.0%')}. It "
-        f"is not of rank 8: its effective rank is {span(mean(full, 'effective rank'), '.0f')}. What LoRA learns at ranks "
-        f"{small} and {large} shares {span(phi('ranks'), '.2f')} of its first direction, with two seeds "
+        f"is not of rank 8: its effective rank is {span(mean(full, 'effective rank'), '.0f')}. What LoRA learns at "
+        f"ranks {small} and {large} shares {span(phi('ranks'), '.2f')} of its first direction, with two seeds "
         f"{span(phi('seeds'), '.2f')}, where random directions share {span([1 / one['d'] for one in lora], '.3f')} and "
         f"the paper's GPT-3 more than 0.5. Table 7's factor at r = {small} is {amplified}; in GPT-3 21.5. A few "
-        "hundred steps of small models are little to learn from: this is what is seen here, not that larger models differ."
+        "hundred steps of small models are little to learn from: this is what is seen here, no word on larger models."
     )
 
 
