@@ -75,7 +75,7 @@ def once(results: Everything, names: dict[str, str]) -> str:
 
 def shots_here(results: Everything) -> str:
     shown = shots.show(shots.Config(), results["shots"]).tables[0] if results["shots"] else None
-    said = [f"{name} {two} ({word} of all words)" for name, word, two in shown.rows if two] if shown else []
+    said = [f"{name} {two} (of all words {word})" for name, word, two in shown.rows if two] if shown else []
     return (
         f"SmolLM2 on movie snippets, the right one of two words: {'; '.join(said)}. GPT-3's cannot be made"
         if said

@@ -106,7 +106,7 @@ def show(config: Config, done: Results) -> Shown:
     rows = []
     for count in config.shots:
         held = done.get(f"{count} examples")
-        rows.append([f"{count} examples in the prompt", *(cell([held[key]]) if held else "" for key in FIGURES)])
+        rows.append([f"{count} examples in the prompt", *(f"{100 * held[key]:.1f}" if held else "" for key in FIGURES)])
     rows.append([f"LoRA, {config.steps} steps", *(cell(of(done, "lora", key)) for key in FIGURES)])
     note = (
         f"{config.rows} held-out movie snippets x 100, mean ± half the 95 % interval over seeds (how many). Examples "
