@@ -3,7 +3,8 @@
     python -m experiments.all glue --budget 2h
 
 Learning rates are chosen on rows held out of train: for LoRA and full fine-tuning task by task, for the methods between
-which no claim decides on SST-2, and on STS-B for its numbers. Dev is looked at once a seed, at the end.
+which no claim decides on SST-2, and on STS-B for its numbers; DoRA takes LoRA's. Dev is looked at once a seed, at the
+end.
 """
 
 from __future__ import annotations
@@ -71,7 +72,6 @@ def cells(config: Config) -> list[Cell]:
             like=f"{task}/{method}",
         )
     ]  # fmt: skip
-    alone = lambda task, method: method in DECIDE or task in config.search
     once = [
         one
         for methods in stages(tuple(rates))
@@ -82,10 +82,18 @@ def cells(config: Config) -> list[Cell]:
             rates[method],
             seeds_of(config, method),
             functools.partial(fit, task, steps, method),
-            like="" if alone(task, method) else f"{config.search[0]}/{method}",
+            like=search_of(config, task, method),
         )
     ]
     return [*once, *again]
+
+
+def search_of(config: Config, task: str, method: str) -> str:
+    """The name whose search gives a method's rate on a task; "" for a search of its own. DoRA, LoRA with a
+    magnitude, takes LoRA's."""
+    if method == "dora":
+        return f"{task}/lora"
+    return "" if method in DECIDE or task in config.search else f"{config.search[0]}/{method}"
 
 
 def counted(config: Config) -> list[str]:
@@ -124,7 +132,8 @@ def show(config: Config, done: Results) -> Shown:
         f"else accuracy. Average: of {', '.join(full) or 'no task yet'}, which LoRA and full have in full (WNLI never "
         "counts). QNLI has no train set here: halves of its dev; MNLI and QQP are not here at all. One to five passes "
         "over a task's rows, a tenth of SST-2's; the paper's are 25 to 80. Rates are searched on each task for LoRA "
-        "(all its steps) and full fine-tuning (half of them), on SST-2 and STS-B for the rest. Empty: not run yet."
+        "(all its steps) and full fine-tuning (half of them), on SST-2 and STS-B for the rest; DoRA takes LoRA's. "
+        "Empty: not run yet."
     )
     table = Table(["method", "trained", *tasks, "average"], rows, note)
     return Shown([table, *patience(config, done)])
