@@ -74,13 +74,9 @@ def once(results: Everything, names: dict[str, str]) -> str:
 
 
 def shots_here(results: Everything) -> str:
-    shown = shots.show(shots.Config(), results["shots"]).tables[0] if results["shots"] else None
-    said = [f"{name} {two} (of all words {word})" for name, word, two in shown.rows if two] if shown else []
-    return (
-        f"SmolLM2 on movie snippets, the right one of two words: {'; '.join(said)}. GPT-3's cannot be made"
-        if said
-        else ""
-    )
+    (table,) = shots.show(shots.Config(), results["shots"]).tables
+    said = "; ".join(f"{name} {two} (of all words {word})" for name, word, two in table.rows if two)
+    return said and f"SmolLM2 on movie snippets, the right one of two words: {said}. GPT-3's cannot be made"
 
 
 def which_here(cases: tuple[tuple[str, int], ...]) -> Callable[[Everything], str]:

@@ -63,29 +63,21 @@ def cells(config: Config) -> list[Cell]:
         return {"score": fitted.judge(test)[GLUE[task].metric], "trained": fitted.count}
 
     rates = dict(config.rates)
-    again = [
-        one
-        for task, steps in config.longer
-        for method in DECIDE
-        for one in tuned(
-            f"{task}, {steps} steps/{method}", rates[method], config.seeds, functools.partial(fit, task, steps, method),
-            like=f"{task}/{method}",
-        )
-    ]  # fmt: skip
-    once = [
-        one
+    named = [
+        (f"{task}/{method}", task, steps, method, search_of(config, task, method))
         for methods in stages(tuple(rates))
         for task, steps in sorted(config.tasks, key=lambda pair: pair[0] not in config.search)
         for method in methods
+    ]
+    for task, steps in config.longer:
+        named += [(f"{task}, {steps} steps/{method}", task, steps, method, f"{task}/{method}") for method in DECIDE]
+    return [
+        one
+        for name, task, steps, method, like in named
         for one in tuned(
-            f"{task}/{method}",
-            rates[method],
-            seeds_of(config, method),
-            functools.partial(fit, task, steps, method),
-            like=search_of(config, task, method),
+            name, rates[method], seeds_of(config, method), functools.partial(fit, task, steps, method), like=like
         )
     ]
-    return [*once, *again]
 
 
 def search_of(config: Config, task: str, method: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import jlora
 from experiments.paper.cells import Cell, Experiment, Results
 from experiments.paper.chosen import of
 from experiments.paper.fits import Work
@@ -23,7 +22,7 @@ from experiments.paper.works import DECODER, PAPER_TARGETS
 from jlora.commands.settings import TrainConfig
 from jlora.data import Row, read_rows, split_rows
 from jlora.data.tokens import prompt_ids, text_ids
-from jlora.generate import pad_left
+from jlora.generate import forward, pad_left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,7 @@ def with_shots(prompt: str, examples: Sequence[Row], count: int, draw: random.Ra
 @functools.partial(jax.jit, static_argnums=0)
 def after(model: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Logits [b, v] of what follows tokens [b, s], padded on the left where mask [b, s] is False."""
-    apply = jlora.lift(model.apply)
-    hidden = apply({"params": params}, tokens, mask=mask, method="hidden")
-    return apply({"params": params}, hidden[:, -1], method="head")
+    return forward(model, params, tokens, mask, model.init_cache(*tokens.shape))[0]
 
 
 def judged(base: Any, params: Any, prompts: Sequence[str], answers: Sequence[str], batch: int) -> dict[str, float]:
@@ -79,15 +76,17 @@ def judged(base: Any, params: Any, prompts: Sequence[str], answers: Sequence[str
 
 
 def cells(config: Config) -> list[Cell]:
-    @functools.lru_cache(1)
+    @functools.cache
+    def rows() -> tuple[list[Row], list[Row]]:
+        return split_rows(read_rows(config.data), config.rows, 0)
+
+    @functools.cache
     def work() -> Work:
-        train, held = split_rows(read_rows(config.data), config.rows, 0)
         settings = TrainConfig(config.model, config.data, batch=config.batch, max_length=96, **PAPER_TARGETS[DECODER])
-        return Work(settings, train, {"held out": held})
+        return Work(settings, rows()[0], {"held out": rows()[1]})
 
     def answered(base: Any, params: Any, count: int) -> dict[str, float]:
-        train, held = split_rows(read_rows(config.data), config.rows, 0)
-        draw = random.Random(0)
+        (train, held), draw = rows(), random.Random(0)
         prompts = [with_shots(row.prompt, train, count, draw) for row in held]
         return judged(base, params, prompts, [row.completion for row in held], min(config.batch, 8))
 
