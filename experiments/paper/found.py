@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper import combined, e2e, few, glue, nlg, shots, which
+from experiments.paper import combined, e2e, few, glue, nlg, shots, which, why
 from experiments.paper.chosen import DECIDE, of
 from experiments.paper.tables import cell, mean
 
@@ -108,9 +108,9 @@ def ranks_here(results: Everything) -> str:
 def why_here(kind: str, say: Callable[[str, dict[str, Any]], str]) -> Callable[[Everything], str]:
     def here(results: Everything) -> str:
         said = []
-        for name, held in results["why"].items():
+        for name in results["why"]:
             if name.endswith(f"/{kind}"):
-                weights = {w: found for w, found in held.items() if w != "seconds"}
+                weights = why.by_weight(results["why"], name)
                 said += [f"{name.partition('/')[0]}: {'; '.join(say(w, found) for w, found in weights.items())}"]
         return ". ".join(said)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper import combined, dimension, e2e, few, glue, shots, which
+from experiments.paper import combined, dimension, e2e, few, glue, shots, which, why
 from experiments.paper.chosen import of, seeds_of
 from experiments.paper.found import Everything, overfit, planned, steps, watched
 from experiments.paper.tables import mean
@@ -171,10 +171,9 @@ def over(results: Everything, kind: str, holds: Callable[[dict[str, Any]], bool]
     """Of every model and weight of `why`."""
     held = [
         holds(found)
-        for name, weights in results["why"].items()
+        for name in results["why"]
         if name.endswith(f"/{kind}")
-        for weight, found in weights.items()
-        if weight != "seconds"
+        for found in why.by_weight(results["why"], name).values()
     ]
     return how_far(held)
 

@@ -55,6 +55,11 @@ SMALL = Config(
 )
 
 
+def by_weight(done: Results, name: str) -> dict[str, Any]:
+    """What the cell `name` found, by weight; {} where it is not there."""
+    return {key: held for key, held in done.get(name, {}).items() if key != "seconds"}
+
+
 TAG = {ENCODER: "minilm", DECODER: "smollm2"}
 """Of files."""
 
@@ -173,9 +178,7 @@ def show(config: Config, done: Results) -> Shown:
     line = lambda values: f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
     similar, seven, full = [], [], []
     for name, _ in config.subjects:
-        for weight, found in done.get(f"{name}/lora", {}).items():
-            if weight == "seconds":
-                continue
+        for weight, found in by_weight(done, f"{name}/lora").items():
             for what in ("A", "AB"):
                 first, whole, seeds = (
                     line(found[what][f"phi({of}, by layer"])
@@ -185,9 +188,7 @@ def show(config: Config, done: Results) -> Shown:
                 similar.append([name, weight, what, first, seeds, random, whole, f"{large / found['d']:.3f}"])
             for rank in config.ranks:
                 seven.append([name, weight, f"LoRA r = {rank}", *seven_of(found[f"table 7, r = {rank}"])])
-        for weight, found in done.get(f"{name}/full", {}).items():
-            if weight == "seconds":
-                continue
+        for weight, found in by_weight(done, f"{name}/full").items():
             seven.append([name, weight, "full", *seven_of(found["table 7"])])
             shares = [line(found[f"share of {k}"]) for k in (8, 64)]
             ranks = found["effective rank"]
@@ -222,11 +223,8 @@ def show(config: Config, done: Results) -> Shown:
 
 def told(config: Config, done: Results) -> str:
     """What holds at this size, in figures of every model and weight; "" until all of them are there."""
-    held = [
-        {k: v for k, v in found.items() if k != "seconds"} for name, found in done.items() if name.endswith("/full")
-    ]
-    loras = [{k: v for k, v in done.get(f"{name}/lora", {}).items() if k != "seconds"} for name, _ in config.subjects]
-    if len(held) < len(config.subjects) or not all(loras):
+    held, loras = ([by_weight(done, f"{name}/{kind}") for name, _ in config.subjects] for kind in ("full", "lora"))
+    if not (all(held) and all(loras)):
         return ""
     small, large = config.ranks
     full, lora = ([one for found in many for one in found.values()] for many in (held, loras))
@@ -258,7 +256,7 @@ def heat_maps(config: Config, done: Results) -> list[Figure]:
     """Figures 3 (ranks) and 4 (seeds), with random directions beside."""
     out, (small, large) = [], config.ranks
     for name, subject in config.subjects:
-        held = {k: v for k, v in done.get(f"{name}/lora", {}).items() if k != "seconds"}
+        held = by_weight(done, f"{name}/lora")
         if not held:
             continue
         maps = (("A", "ranks"), ("AB", "ranks"), ("AB", "seeds"), ("random", ""))
@@ -279,14 +277,13 @@ def heat_maps(config: Config, done: Results) -> list[Figure]:
 
 def curves(config: Config, done: Results) -> list[Figure]:
     """The spectrum of W' - W."""
-    held = {name: done[f"{name}/full"] for name, _ in config.subjects if f"{name}/full" in done}
+    held = {name: by_weight(done, f"{name}/full") for name, _ in config.subjects if f"{name}/full" in done}
     if not held:
         return []
     figure, axes = canvas(1, len(held), (4.2, 3))
     for ax, (name, found) in zip(axes[0], held.items(), strict=True):
         for weight, one in found.items():
-            if weight != "seconds":
-                ax.plot(range(1, len(one["spectrum"]) + 1), one["spectrum"], label=weight)
+            ax.plot(range(1, len(one["spectrum"]) + 1), one["spectrum"], label=weight)
         ax.set(title=name, xlabel="singular value of W' - W", ylabel="over the first", xscale="log", yscale="log")
         ax.legend(frameon=False)
     return [Figure("full-spectrum", "Singular values of what full fine-tuning changes in one layer", figure)]
