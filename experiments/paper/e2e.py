@@ -27,6 +27,7 @@ from jlora.commands.settings import TrainConfig
 from jlora.commands.written import questions
 from jlora.data import Columns, Row, read_rows, split_rows
 from jlora.generate import GenerateConfig, generate_text
+from jlora.models.unrolled import unrolled
 
 T = TypeVar("T")
 NAMES = {"lora": "LoRA", "full": "full", "lin": "adapter L", "houlsby": "adapter H", "top": "FT-top2"}
@@ -111,9 +112,10 @@ def thirds(read: Any, name: str) -> tuple[list[Row], list[Row]]:
 
 def answers(base: Any, params: Any, prompts: list[str], how: GenerateConfig, batch: int) -> list[str]:
     """What the model writes after each prompt."""
+    model, params = unrolled(base.model, params)
     out: list[str] = []
     for n in range(0, len(prompts), batch):
-        out += generate_text(base.model, params, base.tokenizer, prompts[n : n + batch], how)
+        out += generate_text(model, params, base.tokenizer, prompts[n : n + batch], how)
     return [text.strip() for text in out]
 
 

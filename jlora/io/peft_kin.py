@@ -124,7 +124,7 @@ def ia3_file(base: Pretrained, trained: Any) -> tuple[dict[str, np.ndarray], dic
 def prompt_file(base: Pretrained, trained: Any, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, settings) of virtual tokens, or of keys and values."""
     (entry,) = every_entry(trained).values()
-    heads, width = base.model.init_cache(1, 1)["kv"][0].shape[-2:]
+    layers, heads, width = cached(base.model)
     if kind == "PREFIX_TUNING":
         both = np.stack([np.asarray(entry.keys), np.asarray(entry.values)], 1)  # [l, 2, n, e]
         rows = both.transpose(2, 0, 1, 3).reshape(both.shape[2], -1)
@@ -132,11 +132,17 @@ def prompt_file(base: Pretrained, trained: Any, kind: str) -> tuple[dict[str, np
         told |= {"num_layers": both.shape[0]}
     else:
         rows = np.asarray(entry.rows)
-        layers = base.model.init_cache(1, 1)["kv"][0].shape[0]
         told = {"token_dim": rows.shape[1], "num_layers": layers}
         told |= {"encoder_hidden_size": rows.shape[1]} if kind == "P_TUNING" else {"prompt_tuning_init": "RANDOM"}
     told |= {"num_virtual_tokens": rows.shape[0], "num_attention_heads": heads, "num_transformer_submodules": 1}
     return {EMBEDDINGS: np.ascontiguousarray(rows)}, told
+
+
+def cached(model: Any) -> tuple[int, int, int]:
+    """(layers, key heads, their size) of a decoder."""
+    keys = jax.eval_shape(lambda: model.init_cache(1, 1))["kv"][0]
+    one = keys.shape if hasattr(keys, "shape") else (len(keys), *keys[0].shape)
+    return one[0], one[-3], one[-1]
 
 
 def load_kin(folder: str | Path, held: Mapping[str, Any], arrays: Mapping[str, np.ndarray], base: Pretrained) -> Any:
@@ -154,7 +160,7 @@ def load_kin(folder: str | Path, held: Mapping[str, Any], arrays: Mapping[str, n
         if rows.shape[1] != leaves[table].shape[1]:
             raise ValueError(f"{folder}: rows of {rows.shape[1]} numbers for an embedding {list(leaves[table].shape)}")
         return plant(base.params, {table: (leaves[table], PrefixRows(jnp.asarray(rows)))})
-    layers, _, _, heads, width = base.model.init_cache(1, 1)["kv"][0].shape
+    layers, heads, width = cached(base.model)
     if rows.shape[1] != layers * 2 * heads * width:
         raise ValueError(
             f"{folder}: rows of {rows.shape[1]} numbers; {layers} layers of {heads} heads of {width} need "
@@ -217,5 +223,6 @@ def as_keys_and_values(base: Pretrained, frozen: Any, trained: Any) -> KeptColum
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = combine(frozen, trained)
     _, cache = apply({"params": params}, tokens, cache=model.init_cache(1, 1), method="hidden")
-    keys, values = (x[:, 0, :n].reshape(x.shape[0], n, -1).astype(jnp.float32) for x in cache["kv"])
+    rows = lambda x: jnp.swapaxes(x[0, :, :n], 0, 1).reshape(n, -1).astype(jnp.float32)
+    keys, values = (jnp.stack([rows(x) for x in every]) for every in cache["kv"])
     return KeptColumns(keys, values)

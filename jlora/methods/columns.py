@@ -88,10 +88,13 @@ class Filled:
         room = self.model.init_cache(tokens.shape[0], tokens.shape[1] + self.n) if cache is None else cache["empty"]
 
         def put(old: jax.Array, columns: jax.Array) -> jax.Array:
-            columns = columns.reshape(columns.shape[0], 1, self.n, *old.shape[3:]).astype(old.dtype)
-            return old.at[:, :, : self.n].set(columns)
+            columns = columns.reshape(self.n, -1, old.shape[-1]).astype(old.dtype)  # of a layer: [n, g, k]
+            return old.at[:, :, : self.n].set(jnp.swapaxes(columns, 0, 1))
 
-        kv = tuple(put(old, kept[name]) for old, name in zip(room["kv"], ("keys", "values"), strict=True))
+        def all_layers(old: Any, columns: jax.Array) -> Any:
+            return tuple(map(put, old, columns)) if isinstance(old, tuple) else jax.vmap(put)(old, columns)
+
+        kv = tuple(all_layers(old, kept[name]) for old, name in zip(room["kv"], ("keys", "values"), strict=True))
         full = {**room, "kv": kv, "mask": room["mask"].at[:, : self.n].set(True), "index": room["index"] + self.n}
         hidden, grown = call(tokens, **{**kwargs, "cache": full})
         return hidden if cache is None else (hidden, grown)

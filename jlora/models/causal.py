@@ -48,21 +48,31 @@ def causal_inputs(
 
 
 def grown(kv: Any, keys: jax.Array, values: jax.Array, index: Any) -> tuple[Any, jax.Array, jax.Array]:
-    """(cache, keys, values) after writing [b, s, g, k] at column `index` of [b, t, g, k]; as given without a cache."""
+    """(what is new, keys, values) of a layer, from its own [b, s, g, k]: with a cache the columns to be written there,
+    and [b, t, g, k], the old ones with the new at column `index`; without one None, and both as given."""
     if kv is None:
         return None, keys, values
-    k, v = (
-        jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
-        for old, new in zip(kv, (keys, values), strict=True)
-    )
-    return (k, v), k, v
+    turned = lambda x: jnp.swapaxes(x, 1, 2)
+    new = tuple(turned(x).astype(old.dtype) for x, old in zip((keys, values), kv, strict=True))
+    return new, *map(turned, written(kv, new, index))
 
 
-def empty_cache(layers: int, batch: int, size: int, heads: int, width: int, dtype: Any) -> dict[str, Any]:
-    """A cache for `size` tokens in each of `batch` rows: keys and values [l, b, t, g, k], which of them are real, how
-    many there are."""
-    empty = jnp.zeros((layers, batch, size, heads, width), dtype)
-    return {"kv": (empty, empty), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
+def written(kv: Any, new: Any, index: Any) -> Any:
+    """Keys and values [..., b, g, t, k] with the `new` ones [..., b, g, s, k] at column `index`. Of layers that are
+    scanned they are written together, once: a scan that gave back whole caches would copy them at every token."""
+    put = lambda old, x: jax.lax.dynamic_update_slice(old, x, (*(0,) * (old.ndim - 2), index, 0))
+    return jax.tree.map(put, kv, new)
+
+
+def empty_cache(layers: int, batch: int, size: int, heads: int, width: int, dtype: Any, scan: bool) -> dict[str, Any]:
+    """A cache for `size` tokens in each of `batch` rows: keys and values, which of them are real, how many there are.
+
+    Keys, and values, are [l, b, g, t, k] for layers that are scanned, else a tuple of [b, g, t, k], one a layer: the
+    columns of a head lie together, as the products with them want it.
+    """
+    shape = (batch, heads, size, width)
+    one = lambda: jnp.zeros((layers, *shape), dtype) if scan else tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+    return {"kv": (one(), one()), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
 
 
 def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
@@ -97,15 +107,16 @@ def lifted_block(block: Any, layers: int, shared: int, scan: bool, remat: bool |
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=layers)
 
 
-def through(layers: Any, x: jax.Array, kv: Any, *shared: Any) -> tuple[jax.Array, Any]:
-    """(x, kv) after all layers. kv: None, or arrays with a leading axis of layers."""
+def through(layers: Any, x: jax.Array, own: Any, *shared: Any) -> tuple[jax.Array, Any]:
+    """(x, new keys and values in the cache's form, or None) after all layers. own: None, or a tuple of what each layer
+    has for itself: arrays with a leading axis of layers, or tuples of one a layer."""
     if not isinstance(layers, list | tuple):
-        return layers(x, kv, *shared)
+        return layers(x, own, *shared)
     new = []
     for n, layer in enumerate(layers):
-        x, one = layer(x, None if kv is None else jax.tree.map(lambda a, n=n: a[n], kv), *shared)
+        x, one = layer(x, None if own is None else tuple(every[n] for every in own), *shared)
         new.append(one)
-    return x, None if kv is None else jax.tree.map(lambda *rows: jnp.stack(rows), *new)
+    return x, None if new[0] is None else tuple(zip(*new, strict=True))
 
 
 def tied_head(words: nn.Embed, hidden: jax.Array) -> jax.Array:

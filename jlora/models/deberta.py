@@ -162,9 +162,9 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, first: jax.Array, relative: jax.Array, index: jax.Array, allowed: jax.Array, conv: Any
+        self, x: jax.Array, own: Any, relative: jax.Array, index: jax.Array, allowed: jax.Array, conv: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """x [b, s, d], first bool [], conv None or ([b, s, d], scale [d], bias [d]) -> (x, first)."""
+        """x [b, s, d], own (is it the first, bool [],), conv None or ([b, s, d], scale [d], bias [d]) -> (x, None)."""
         x = layer_input(x)
         parts: Any = (self.config, self.dtype, self.param_dtype)
         x = Attention(*parts, name="attention")(x, relative, index, allowed)
@@ -173,8 +173,8 @@ class Layer(nn.Module):
             extra, scale, bias = conv
             normed = nn.standardize((x + extra).astype(jnp.float32), epsilon=self.config.layer_norm_eps)
             mixed = (normed * scale + bias) * allowed[..., None]
-            x = jnp.where(first, mixed.astype(x.dtype), x)
-        return x, first
+            x = jnp.where(own[0], mixed.astype(x.dtype), x)
+        return x, None
 
 
 class Scale(nn.Module):
@@ -241,9 +241,9 @@ class Encoder(nn.Module):
         relative = self.rel_embeddings(jnp.arange(2 * self.config.span))
         relative = self.LayerNorm(relative) if self.config.norm_rel_ebd else relative
         conv = self.conv(x, allowed) if self.config.conv_kernel_size else None
-        first = jnp.arange(self.config.num_hidden_layers) == 0
+        own = (jnp.arange(self.config.num_hidden_layers) == 0,)
         index = jnp.asarray(relative_index(x.shape[1], self.config))
-        return through(self.layer, x, first, relative, index, allowed, conv)[0]
+        return through(self.layer, x, own, relative, index, allowed, conv)[0]
 
 
 class Embeddings(nn.Module):

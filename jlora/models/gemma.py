@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head
+from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head, written
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -115,7 +115,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: Any, local: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], local bool [] -> ([b, s, d], kv)."""
+        """x [b, s, d], kv as in Llama, local bool [] -> ([b, s, d], as `grown`)."""
         c = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
@@ -149,7 +149,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form `nn.scan` wants: (x, (cache, flag) of the layer, what all share) -> the same."""
+    """One layer, in the form `nn.scan` wants: (x, what the layer has for itself, what all share) -> (x, new)."""
 
     config: GemmaConfig
     dtype: Any
@@ -157,16 +157,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d] -> ([b, s, d], own)."""
+        """x [b, s, d], own (local, keys, values) or (local,) -> ([b, s, d], as `grown`)."""
         x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
-        kv, local = own
+        local, *kv = own
         y = norm(name="input_layernorm")(x)
-        y, kv = Attention(*parts, name="self_attn")(y, kv, local, positions, sight, index)
+        y, kv = Attention(*parts, name="self_attn")(y, tuple(kv) or None, local, positions, sight, index)
         x = x + norm(name="post_attention_layernorm")(y)
         y = MLP(*parts, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
-        return x + norm(name="post_feedforward_layernorm")(y), (kv, local)
+        return x + norm(name="post_feedforward_layernorm")(y), kv
 
 
 class Gemma(nn.Module):
@@ -199,7 +199,9 @@ class Gemma(nn.Module):
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows; local layers keep as many as global ones."""
         c = self.config
-        return empty_cache(c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype)
+        return empty_cache(
+            c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype, self.scan_layers
+        )
 
     def hidden(
         self,
@@ -214,10 +216,12 @@ class Gemma(nn.Module):
         positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         # the Hub's models round the scale to the embedding's precision
         x = self.embed_tokens(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
-        own = (None if cache is None else cache["kv"], jnp.asarray(self.config.local))
-        x, (kv, _) = through(self.layers, x, own, positions, sight, index)
+        kv = () if cache is None else cache["kv"]
+        x, new = through(self.layers, x, (jnp.asarray(self.config.local), *kv), positions, sight, index)
         x = self.norm(x)
-        return x if cache is None else (x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]})
+        if cache is None:
+            return x
+        return x, {"kv": written(kv, new, index), "mask": seen, "index": index + tokens.shape[1]}
 
 
 def hf_tensors(config: GemmaConfig, scan_layers: bool = True) -> list[HFTensor]:

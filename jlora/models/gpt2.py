@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head
+from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head, written
 from jlora.models.tensors import HFTensor
 
 
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: Any, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], kv None or two [b, t, h, k] written at `index` -> ([b, s, d], kv)."""
+        """x [b, s, d], kv None or two [b, h, t, k] -> ([b, s, d], as `grown`)."""
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         qkv = nn.Dense(3 * c.n_embd, name="c_attn", **kinds)(x)
         q, k, v = (y.reshape(*x.shape[:2], c.n_head, -1) for y in jnp.split(qkv, 3, axis=-1))
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form `nn.scan` wants: (x, cache of the layer, what all layers share) -> (x, cache)."""
+    """One layer, in the form `nn.scan` wants: (x, cache of the layer, what all layers share) -> (x, new)."""
 
     config: GPT2Config
     dtype: Any
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: Any, sight: Sight, index: Any) -> Any:
-        """x [b, s, d] -> ([b, s, d], kv)."""
+        """x [b, s, d] -> ([b, s, d], as `grown`)."""
         x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "epsilon": self.config.layer_norm_epsilon}
@@ -158,7 +158,7 @@ class GPT2(nn.Module):
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows."""
         c = self.config
-        return empty_cache(c.n_layer, batch, size, c.n_head, c.n_embd // c.n_head, self.dtype)
+        return empty_cache(c.n_layer, batch, size, c.n_head, c.n_embd // c.n_head, self.dtype, self.scan_layers)
 
     def hidden(
         self,
@@ -172,9 +172,12 @@ class GPT2(nn.Module):
         """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
         positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         x = self.wte(tokens) + self.wpe(positions)
-        x, kv = through(self.h, x, None if cache is None else cache["kv"], sight, index)
+        x, new = through(self.h, x, None if cache is None else cache["kv"], sight, index)
         x = self.ln_f(x)
-        return x if cache is None else (x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]})
+        if cache is None:
+            return x
+        kv = written(cache["kv"], new, index)
+        return x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]}
 
 
 def hf_tensors(config: GPT2Config, scan_layers: bool = True) -> list[HFTensor]:

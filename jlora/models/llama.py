@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head
+from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head, written
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], kv None or two [b, t, g, k] written at `index` -> ([b, s, d], kv)."""
+        """x [b, s, d], kv None or two [b, g, t, k] -> ([b, s, d], as `grown`)."""
         c = self.config
         g, k = c.num_key_value_heads, c.head_dim
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -166,7 +166,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form `nn.scan` wants: (x, cache of the layer, what all layers share) -> (x, cache)."""
+    """One layer, in the form `nn.scan` wants: (x, cache of the layer, what all layers share) -> (x, new)."""
 
     config: LlamaConfig
     dtype: Any
@@ -174,7 +174,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d] -> ([b, s, d], kv)."""
+        """x [b, s, d] -> ([b, s, d], as `grown`)."""
         x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
@@ -213,7 +213,9 @@ class Llama(nn.Module):
     def init_cache(self, batch: int, size: int) -> dict[str, Any]:
         """An empty cache for `size` tokens in each of `batch` rows."""
         c = self.config
-        return empty_cache(c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype)
+        return empty_cache(
+            c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype, self.scan_layers
+        )
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
@@ -239,11 +241,11 @@ class Llama(nn.Module):
         if self.config.sliding_window is not None:
             sight = sight.within(self.config.sliding_window)
         kv = None if cache is None else cache["kv"]
-        x, kv = through(self.layers, self.embed_tokens(tokens), kv, positions, sight, index)
+        x, new = through(self.layers, self.embed_tokens(tokens), kv, positions, sight, index)
         x = self.norm(x)
         if cache is None:
             return x
-        return x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]}
+        return x, {"kv": written(kv, new, index), "mask": seen, "index": index + tokens.shape[1]}
 
 
 def hf_tensors(config: LlamaConfig, scan_layers: bool = True) -> list[HFTensor]:

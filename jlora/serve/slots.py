@@ -30,29 +30,10 @@ class Slots:
     written: Any
 
 
-def unrolled(model: Any, cache: Any) -> bool:
-    return "kv" in cache and not getattr(model, "scan_layers", True)
-
-
-def apart(model: Any, cache: Any) -> Any:
-    """The cache with an array for each layer that is not scanned: a step would cut them out of one array and put them
-    together again."""
-    return {**cache, "kv": jax.tree.map(tuple, cache["kv"])} if unrolled(model, cache) else cache
-
-
-def joined(model: Any, cache: Any) -> Any:
-    """What `apart` took apart, for the model; compiled it is no copy, since the model cuts it again."""
-    return {**cache, "kv": tuple(map(jnp.stack, cache["kv"]))} if unrolled(model, cache) else cache
-
-
-def room(model: Any, rows: int, size: int) -> Any:
-    return apart(model, model.init_cache(rows, size))
-
-
 @functools.lru_cache
 def cache_axes(model: Any) -> tuple[Any, Any]:
     """(axis of rows, axis of tokens) in each leaf of the cache, -1 where it has none: where other sizes differ."""
-    shapes = lambda rows, size: jax.eval_shape(lambda: room(model, rows, size))
+    shapes = lambda rows, size: jax.eval_shape(lambda: model.init_cache(rows, size))
     differ = lambda x, y: next((n for n, (i, j) in enumerate(zip(x.shape, y.shape, strict=True)) if i != j), -1)
     one = shapes(1, 8)
     return jax.tree.map(differ, one, shapes(2, 8)), jax.tree.map(differ, one, shapes(1, 9))
@@ -62,7 +43,7 @@ def empty(model: Any, count: int, size: int) -> Slots:
     """`count` slots for `size` tokens each."""
     # an array each: keys and values may start as the same one, and what is donated must not be given twice
     grow = lambda x, axis: jnp.zeros((count, *x.shape) if axis < 0 else x.shape, x.dtype)
-    cache = jax.tree.map(grow, room(model, count, size), cache_axes(model)[0])
+    cache = jax.tree.map(grow, model.init_cache(count, size), cache_axes(model)[0])
     return Slots(cache, jnp.zeros(count, jnp.int32), jnp.zeros(count, jnp.int32))
 
 
@@ -81,9 +62,8 @@ def to_length(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def apply_hidden(model: Any, params: Any, tokens: jax.Array, mask: Any, cache: Any) -> Any:
-    options = {"mask": mask, "cache": joined(model, cache), "method": "hidden"}
-    hidden, cache = jlora.lift(model.apply, strict=True)({"params": params}, tokens, **options)
-    return hidden, apart(model, cache)
+    options = {"mask": mask, "cache": cache, "method": "hidden"}
+    return jlora.lift(model.apply, strict=True)({"params": params}, tokens, **options)
 
 
 def head(model: Any, params: Any, hidden: jax.Array) -> jax.Array:
@@ -101,7 +81,7 @@ def prefill(
     params = jlora.combine(params, with_rows(bank, rows))
     width, length = tokens.shape
     mask = jnp.arange(length) < counts[:, None]
-    hidden, cache = apply_hidden(model, params, tokens, mask, room(model, width, length))
+    hidden, cache = apply_hidden(model, params, tokens, mask, model.init_cache(width, length))
     last = hidden[jnp.arange(width), jnp.maximum(counts - 1, 0)]
     return draw(head(model, params, last), how, jnp.zeros(width, jnp.int32)), {**cache, "index": counts}
 

@@ -203,7 +203,7 @@ def kept_of(model, params, like):
     """The keys and values that the model itself makes of the tokens `like`."""
     cache = model.init_cache(1, len(like))
     _, cache = model.apply({"params": params}, like[None], cache=cache, method="hidden")
-    return prefix_kv.KeptColumns(*(x[:, 0].reshape(x.shape[0], len(like), -1) for x in cache["kv"]))
+    return prefix_kv.KeptColumns(*(jnp.swapaxes(x[:, 0], 1, 2).reshape(len(x), len(like), -1) for x in cache["kv"]))
 
 
 def test_kept_keys_and_values_are_the_tokens_they_were_made_of():

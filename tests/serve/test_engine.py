@@ -72,8 +72,8 @@ def test_layers_that_are_not_scanned_keep_their_cache_each_for_itself():
     state, bank = slots_module.empty(model, 2, 16), jax.tree.map(lambda _: None, params)
     rows, how = jnp.zeros(2, jnp.int32), sampling([Ask((0,))] * 2)
     step = slots_module.decode.lower(model, 1, params, bank, state, rows == 0, rows, how).compile()
-    assert state.cache["kv"][0][0].shape == (2, 16, 2, 8)
-    assert not re.search(r"f32\[3,2,(1,)*16,2,8\]", step.as_text())  # joined and cut again
+    assert state.cache["kv"][0][0].shape == (2, 2, 16, 8)
+    assert not re.search(r"f32\[3,2,(1,)*2,(1,)*16,8\]", step.as_text())  # joined and cut again
 
 
 def test_a_running_request_keeps_its_adapter(served):
