@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora.models.attention import Sight
+from jlora.models.attention import Sight, attend
 
 INPUT = "layer input"
 
@@ -47,14 +47,36 @@ def causal_inputs(
     return positions, Sight(own, ids, jnp.asarray(index, jnp.int32)), seen, index
 
 
-def grown(kv: Any, keys: jax.Array, values: jax.Array, index: Any) -> tuple[Any, jax.Array, jax.Array]:
-    """(what is new, keys, values) of a layer, from its own [b, s, g, k]: with a cache the columns to be written there,
-    and [b, t, g, k], the old ones with the new at column `index`; without one None, and both as given."""
+def attended(
+    q: jax.Array, keys: jax.Array, values: jax.Array, kv: Any, sight: Sight, scale: float | None = None
+) -> tuple[jax.Array, Any]:
+    """(attention [b, s, h, k], what is new of the cache or None) of a layer's queries [b, s, h, k] and keys and values
+    [b, s, g, k], after those of its cache `kv`, if there is one."""
     if kv is None:
-        return None, keys, values
-    turned = lambda x: jnp.swapaxes(x, 1, 2)
+        return attend(q, keys, values, sight, scale), None
     new = tuple(turned(x).astype(old.dtype) for x, old in zip((keys, values), kv, strict=True))
-    return new, *map(turned, written(kv, new, index))
+    if q.shape[1] == 1:
+        return last(q, *kv, *new, sight, q.shape[-1] ** -0.5 if scale is None else scale), new
+    return attend(q, *map(turned, written(kv, new, sight.index)), sight, scale), new
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """A cache's order of axes [b, g, t, k] of [b, t, g, k], and back."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def last(
+    q: jax.Array, keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, sight: Sight, scale: float
+) -> jax.Array:
+    """Attention of one token's queries [b, 1, h, k] over a cache [b, g, t, k] and its own column [b, g, 1, k], apart
+    from each other: together, the cache would have to be copied."""
+    groups = turned(q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1]))[:, :, 0]
+    score = lambda x: jnp.einsum("bgrk,bgtk->bgrt", groups, x.astype(q.dtype)).astype(jnp.float32) * scale
+    before = sight.dense() & (jnp.arange(keys.shape[2]) != sight.index)
+    scores = jnp.where(before[:, None], score(keys), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(jnp.concatenate([scores, score(key)], axis=-1), axis=-1).astype(q.dtype)
+    out = jnp.einsum("bgrt,bgtk->bgrk", weights[..., :-1], values.astype(q.dtype))
+    return (out + weights[..., -1:] * value.astype(q.dtype)).reshape(q.shape)
 
 
 def written(kv: Any, new: Any, index: Any) -> Any:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head, written
+from jlora.models.attention import Sight
+from jlora.models.causal import attended, causal_inputs, empty_cache, layer_input, stacked, through, tied_head, written
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -114,8 +114,8 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, local: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], kv as in Llama, local bool [] -> ([b, s, d], as `grown`)."""
+    def __call__(self, x: jax.Array, kv: Any, local: Any, positions: jax.Array, sight: Sight) -> Any:
+        """x [b, s, d], kv as in Llama, local bool [] -> ([b, s, d], as `attended`)."""
         c = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
@@ -126,11 +126,10 @@ class Attention(nn.Module):
             y = dense(count * c.head_dim, name=f"{name}_proj")(x).reshape(*x.shape[:2], count, c.head_dim)
             return y if name == "v" else rotate(norm(name=f"{name}_norm")(y), positions, freqs)
 
-        q = heads("q", c.num_attention_heads)
-        kv, keys, values = grown(kv, heads("k", c.num_key_value_heads), heads("v", c.num_key_value_heads), index)
+        q, g = heads("q", c.num_attention_heads), c.num_key_value_heads
         sight = sight.within(c.sliding_window, local)
-        out = attend(q, keys, values, sight, c.query_pre_attn_scalar**-0.5).reshape(*x.shape[:2], -1)
-        return dense(c.hidden_size, name="o_proj")(out), kv
+        out, new = attended(q, heads("k", g), heads("v", g), kv, sight, c.query_pre_attn_scalar**-0.5)
+        return dense(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), new
 
 
 class MLP(nn.Module):
@@ -156,14 +155,14 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, own: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], own (local, keys, values) or (local,) -> ([b, s, d], as `grown`)."""
+    def __call__(self, x: jax.Array, own: Any, positions: jax.Array, sight: Sight) -> Any:
+        """x [b, s, d], own (local, keys, values) or (local,) -> ([b, s, d], as `attended`)."""
         x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
         local, *kv = own
         y = norm(name="input_layernorm")(x)
-        y, kv = Attention(*parts, name="self_attn")(y, tuple(kv) or None, local, positions, sight, index)
+        y, kv = Attention(*parts, name="self_attn")(y, tuple(kv) or None, local, positions, sight)
         x = x + norm(name="post_attention_layernorm")(y)
         y = MLP(*parts, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
         return x + norm(name="post_feedforward_layernorm")(y), kv
@@ -182,7 +181,7 @@ class Gemma(nn.Module):
         """The parts; parameters are named as on the Hub."""
         c, parts = self.config, (self.config, self.dtype, self.param_dtype)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
-        self.layers = stacked(Block, parts, c.num_hidden_layers, 3, self.scan_layers, self.remat)
+        self.layers = stacked(Block, parts, c.num_hidden_layers, 2, self.scan_layers, self.remat)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
 
     def __call__(self, tokens: jax.Array, **options: Any) -> Any:
@@ -217,7 +216,7 @@ class Gemma(nn.Module):
         # the Hub's models round the scale to the embedding's precision
         x = self.embed_tokens(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         kv = () if cache is None else cache["kv"]
-        x, new = through(self.layers, x, (jnp.asarray(self.config.local), *kv), positions, sight, index)
+        x, new = through(self.layers, x, (jnp.asarray(self.config.local), *kv), positions, sight)
         x = self.norm(x)
         if cache is None:
             return x

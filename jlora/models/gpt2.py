@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head, written
+from jlora.models.attention import Sight
+from jlora.models.causal import attended, causal_inputs, empty_cache, layer_input, stacked, through, tied_head, written
 from jlora.models.tensors import HFTensor
 
 
@@ -84,14 +84,13 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], kv None or two [b, h, t, k] -> ([b, s, d], as `grown`)."""
+    def __call__(self, x: jax.Array, kv: Any, sight: Sight) -> Any:
+        """x [b, s, d], kv None or two [b, h, t, k] -> ([b, s, d], as `attended`)."""
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         qkv = nn.Dense(3 * c.n_embd, name="c_attn", **kinds)(x)
         q, k, v = (y.reshape(*x.shape[:2], c.n_head, -1) for y in jnp.split(qkv, 3, axis=-1))
-        kv, k, v = grown(kv, k, v, index)
-        out = attend(q, k, v, sight).reshape(x.shape)
-        return nn.Dense(c.n_embd, name="c_proj", **kinds)(out), kv
+        out, new = attended(q, k, v, kv, sight)
+        return nn.Dense(c.n_embd, name="c_proj", **kinds)(out.reshape(x.shape)), new
 
 
 class MLP(nn.Module):
@@ -117,12 +116,12 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, sight: Sight, index: Any) -> Any:
-        """x [b, s, d] -> ([b, s, d], as `grown`)."""
+    def __call__(self, x: jax.Array, kv: Any, sight: Sight) -> Any:
+        """x [b, s, d] -> ([b, s, d], as `attended`)."""
         x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "epsilon": self.config.layer_norm_epsilon}
-        y, kv = Attention(*parts, name="attn")(nn.LayerNorm(name="ln_1", **kinds)(x), kv, sight, index)
+        y, kv = Attention(*parts, name="attn")(nn.LayerNorm(name="ln_1", **kinds)(x), kv, sight)
         x = x + y
         return x + MLP(*parts, name="mlp")(nn.LayerNorm(name="ln_2", **kinds)(x)), kv
 
@@ -141,7 +140,7 @@ class GPT2(nn.Module):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.wte = nn.Embed(c.vocab_size, c.n_embd, **kinds)
         self.wpe = nn.Embed(c.n_positions, c.n_embd, **kinds)
-        self.h = stacked(Block, (c, self.dtype, self.param_dtype), c.n_layer, 2, self.scan_layers, self.remat)
+        self.h = stacked(Block, (c, self.dtype, self.param_dtype), c.n_layer, 1, self.scan_layers, self.remat)
         self.ln_f = nn.LayerNorm(epsilon=c.layer_norm_epsilon, **kinds)
 
     def __call__(self, tokens: jax.Array, **options: Any) -> Any:
@@ -172,7 +171,7 @@ class GPT2(nn.Module):
         """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
         positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
         x = self.wte(tokens) + self.wpe(positions)
-        x, new = through(self.h, x, None if cache is None else cache["kv"], sight, index)
+        x, new = through(self.h, x, None if cache is None else cache["kv"], sight)
         x = self.ln_f(x)
         if cache is None:
             return x

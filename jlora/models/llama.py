@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.attention import Sight, attend
-from jlora.models.causal import causal_inputs, empty_cache, grown, layer_input, stacked, through, tied_head, written
+from jlora.models.attention import Sight
+from jlora.models.causal import attended, causal_inputs, empty_cache, layer_input, stacked, through, tied_head, written
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -130,8 +130,8 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d], kv None or two [b, g, t, k] -> ([b, s, d], as `grown`)."""
+    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight) -> Any:
+        """x [b, s, d], kv None or two [b, g, t, k] -> ([b, s, d], as `attended`)."""
         c = self.config
         g, k = c.num_key_value_heads, c.head_dim
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -144,9 +144,8 @@ class Attention(nn.Module):
             return y if name == "v" else rotate(y, positions, c.frequencies())
 
         q, keys, values = heads("q", c.num_attention_heads), heads("k", g), heads("v", g)
-        kv, keys, values = grown(kv, keys, values, index)
-        out = attend(q, keys, values, sight).reshape(*x.shape[:2], -1)
-        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out), kv
+        out, new = attended(q, keys, values, kv, sight)
+        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), new
 
 
 class MLP(nn.Module):
@@ -173,12 +172,12 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight, index: Any) -> Any:
-        """x [b, s, d] -> ([b, s, d], as `grown`)."""
+    def __call__(self, x: jax.Array, kv: Any, positions: jax.Array, sight: Sight) -> Any:
+        """x [b, s, d] -> ([b, s, d], as `attended`)."""
         x = layer_input(x)
         parts = (self.config, self.dtype, self.param_dtype)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
-        y, kv = Attention(*parts, name="self_attn")(norm(name="input_layernorm")(x), kv, positions, sight, index)
+        y, kv = Attention(*parts, name="self_attn")(norm(name="input_layernorm")(x), kv, positions, sight)
         x = x + y
         return x + MLP(*parts, name="mlp")(norm(name="post_attention_layernorm")(x)), kv
 
@@ -198,7 +197,7 @@ class Llama(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
         parts = (c, self.dtype, self.param_dtype)
-        self.layers = stacked(Block, parts, c.num_hidden_layers, 3, self.scan_layers, self.remat)
+        self.layers = stacked(Block, parts, c.num_hidden_layers, 2, self.scan_layers, self.remat)
         self.norm = RMSNorm(c.rms_norm_eps, **kinds)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
@@ -241,7 +240,7 @@ class Llama(nn.Module):
         if self.config.sliding_window is not None:
             sight = sight.within(self.config.sliding_window)
         kv = None if cache is None else cache["kv"]
-        x, new = through(self.layers, self.embed_tokens(tokens), kv, positions, sight, index)
+        x, new = through(self.layers, self.embed_tokens(tokens), kv, positions, sight)
         x = self.norm(x)
         if cache is None:
             return x
