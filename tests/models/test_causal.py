@@ -1,5 +1,7 @@
 """The stack of layers that all models share: what is kept of a layer for its gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,41 @@ def test_an_unknown_remat_is_refused(name):
     for remat in ("full", "offloaded"):
         with pytest.raises(ValueError, match=f"remat '{remat}' is not known: False, True, 'dots' or 'offload'"):
             kind(config, remat=remat).init(jax.random.key(0), TOKENS)
+
+
+DECODERS = {
+    "llama": MODELS["llama"],
+    "a window": (Llama, LlamaConfig(31, 16, 24, 2, 4, 2, 4, sliding_window=3)),
+    "gpt2": MODELS["gpt2"],
+    "gemma": MODELS["gemma"],
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
+def test_token_by_token_is_as_at_once(name, scan):
+    kind, config = DECODERS[name]
+    model = kind(config, scan_layers=scan)
+    mask = jnp.ones((2, 8), bool).at[1, :3].set(False)
+    tokens = jnp.concatenate([TOKENS, TOKENS[:, ::-1]])
+    params = model.init(jax.random.key(0), tokens)["params"]
+    want = model.apply({"params": params}, tokens, mask=mask)
+    cache, step = model.init_cache(2, 10), jax.jit(lambda p, *rest, **kw: model.apply({"params": p}, *rest, **kw))
+    for first, last in [(0, 4), *((n, n + 1) for n in range(4, 8))]:
+        got, cache = step(params, tokens[:, first:last], mask=mask[:, first:last], cache=cache)
+        real = mask[:, first:last, None]
+        np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, want[:, first:last], 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_a_step_copies_no_cache(name):
+    kind, config = MODELS[name]
+    config = dataclasses.replace(config, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 8})
+    config = dataclasses.replace(config, local=(True, False) * 4) if name == "gemma" else config
+    model, size = kind(config), 1024
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS)["params"])
+    cache = jax.eval_shape(lambda: model.init_cache(4, size))
+    read = lambda p, tokens, cache: model.apply({"params": p}, tokens, cache=cache, method="hidden")
+    step = jax.jit(read, donate_argnums=2).lower(params, jnp.zeros((4, 1), jnp.int32), cache).compile()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["kv"]))
+    assert step.memory_analysis().temp_size_in_bytes < held / 2  # a layer's share, which a CPU copies, is an eighth
