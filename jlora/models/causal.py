@@ -56,8 +56,9 @@ def attended(
         return attend(q, keys, values, sight, scale), None
     new = tuple(turned(x).astype(old.dtype) for x, old in zip((keys, values), kv, strict=True))
     if q.shape[1] == 1:
-        return last(q, *kv, *new, sight, q.shape[-1] ** -0.5 if scale is None else scale), new
-    return attend(q, *map(turned, written(kv, new, sight.index)), sight, scale), new
+        return last(q, kv, new, sight, q.shape[-1] ** -0.5 if scale is None else scale), new
+    keys, values = map(turned, written(kv, new, sight.index))
+    return attend(q, keys, values, sight, scale), new
 
 
 def turned(x: jax.Array) -> jax.Array:
@@ -65,18 +66,17 @@ def turned(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-def last(
-    q: jax.Array, keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, sight: Sight, scale: float
-) -> jax.Array:
-    """Attention of one token's queries [b, 1, h, k] over a cache [b, g, t, k] and its own column [b, g, 1, k], apart
-    from each other: together, the cache would have to be copied."""
-    groups = turned(q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1]))[:, :, 0]
-    score = lambda x: jnp.einsum("bgrk,bgtk->bgrt", groups, x.astype(q.dtype)).astype(jnp.float32) * scale
+def last(q: jax.Array, kv: Any, new: Any, sight: Sight, scale: float) -> jax.Array:
+    """Attention of one token's queries [b, 1, h, k] over keys and values of a cache [b, g, t, k] and its own column
+    [b, g, 1, k], apart from each other: together, the cache would have to be copied."""
+    (keys, values), (key, value) = (jax.tree.map(lambda x: x.astype(q.dtype), pair) for pair in (kv, new))
+    groups = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
+    score = lambda x: jnp.einsum("bgrk,bgtk->bgrt", groups, x).astype(jnp.float32) * scale
     before = sight.dense() & (jnp.arange(keys.shape[2]) != sight.index)
     scores = jnp.where(before[:, None], score(keys), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(jnp.concatenate([scores, score(key)], axis=-1), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bgrt,bgtk->bgrk", weights[..., :-1], values.astype(q.dtype))
-    return (out + weights[..., -1:] * value.astype(q.dtype)).reshape(q.shape)
+    out = jnp.einsum("bgrt,bgtk->bgrk", weights[..., :-1], values)
+    return (out + weights[..., -1:] * value).reshape(q.shape)
 
 
 def written(kv: Any, new: Any, index: Any) -> Any:

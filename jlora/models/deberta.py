@@ -163,7 +163,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, own: Any, relative: jax.Array, index: jax.Array, allowed: jax.Array, conv: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, None]:
         """x [b, s, d], own (is it the first, bool [],), conv None or ([b, s, d], scale [d], bias [d]) -> (x, None)."""
         x = layer_input(x)
         parts: Any = (self.config, self.dtype, self.param_dtype)
