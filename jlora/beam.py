@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.generate import GenerateConfig, forward
+from jlora.generate import GenerateConfig, forward, read
 from jlora.sampling import forbid
 
 LOW = -1e9
@@ -42,7 +42,7 @@ def beam_search(
     """
     (b, p), k = tokens.shape, config.beams
     size = p + config.max_new_tokens
-    logits, cache = forward(model, params, tokens, mask, model.init_cache(b, size))
+    logits, cache = read(model, config.max_new_tokens, params, tokens, mask)
     cache = on_rows(lambda x, axis: jnp.repeat(x, k, axis=axis), cache)
     real = jnp.repeat(jnp.pad(mask, ((0, 0), (0, size - p)), constant_values=True), k, axis=0)
     padded = jnp.repeat(jnp.pad(tokens, ((0, 0), (0, size - p)))[:, None], k, axis=1)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jlora.data.tokens import prompt_ids
 from jlora.lift import lift
+from jlora.models.attention import attending, fitting
 from jlora.sampling import choose, forbid
 
 
@@ -74,12 +75,20 @@ class Decoding(NamedTuple):
 def start(model: Any, room: int, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array) -> Decoding:
     """Read prompts i32 [b, p], mask [b, p], into a cache with `room` for new tokens."""
     batch, prompt = tokens.shape
-    cache = model.init_cache(batch, prompt + room)
-    logits, cache = forward(model, params, tokens, mask, cache)
+    logits, cache = read(model, room, params, tokens, mask)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, room)))
     return Decoding(
         widen(tokens), widen(mask), jnp.asarray(prompt), jnp.zeros(batch, bool), logits, cache, jnp.asarray(key)
     )
+
+
+def read(model: Any, room: int, params: Any, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+    """(logits f32 [b, v] after prompts i32 [b, p], mask [b, p]; their cache, with room for new tokens)."""
+    with attending(fitting("any")):
+        logits, cache = forward(model, params, tokens, mask, model.init_cache(*tokens.shape))
+    longer = lambda x, axis: jnp.pad(x, [(0, room if n == axis % x.ndim else 0) for n in range(x.ndim)])
+    kv = jax.tree.map(lambda x: longer(x, -2), cache["kv"])
+    return logits, {**cache, "kv": kv, "mask": longer(cache["mask"], -1)}
 
 
 def forward(model: Any, params: Any, tokens: jax.Array, mask: jax.Array, cache: Any) -> tuple[jax.Array, Any]:

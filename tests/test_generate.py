@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.beam import beam_search
 from jlora.commands import generate as commands
 from jlora.data import Row, tokenise
-from jlora.generate import GenerateConfig, generate, generate_text, pad_left, run, stream
+from jlora.generate import GenerateConfig, generate, generate_text, pad_left, run, start, stream
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import forbid, truncate
 from jlora.serve.schema import prompt_tokens
@@ -200,3 +201,24 @@ def test_what_is_missing_is_said():
         generate(model, params, [[1, 0]], [[True, False]], GenerateConfig())
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         pad_left([[1], []])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_long_prompt_is_read_in_blocks(beams):
+    model, params = small()
+    tokens = np.random.default_rng(0).integers(2, 15, (2, 600))
+    mask = np.ones(tokens.shape, bool)
+    mask[1, :70] = False
+    config = GenerateConfig(max_new_tokens=3, beams=beams)
+    new = generate(model, params, tokens, mask, config)
+    if beams == 1:
+        for n, answer in enumerate(new):  # each by the whole row read at once
+            row = [*tokens[n][mask[n]], *answer[:-1]]
+            best = jnp.argmax(model.apply({"params": params}, jnp.asarray([row])), -1)
+            assert best[0, -len(answer) :].tolist() == answer
+    size = 1 << 13
+    shape = jax.ShapeDtypeStruct((1, size), jnp.int32)
+    one = lambda p, t, m: start(model, 4, p, t, m, jax.random.key(0)).logits
+    many = lambda p, t, m: beam_search(model, config, p, t, m)
+    program = jax.jit(one if beams == 1 else many).lower(params, shape, jax.ShapeDtypeStruct((1, size), bool)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < size * size  # the scores of one head would be four times that

@@ -183,7 +183,8 @@ def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale:
 
 
 def fitting(platform: str, short: int = SHORT) -> Attention:
-    """The best way on "tpu", "gpu" or "cpu": plain for rows of at most `short` tokens."""
+    """The best way on "tpu" or "gpu", or on "any": plain for rows of at most `short` tokens. Kernels that are no XLA
+    must be told how their arrays are sharded, so "any" has none."""
 
     def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
         if q.shape[1] <= short:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 import jlora
 from jlora.bank import with_rows
+from jlora.models.attention import attending, fitting
 from jlora.serve.sample import Sampling, draw
 
 
@@ -81,7 +82,8 @@ def prefill(
     params = jlora.combine(params, with_rows(bank, rows))
     width, length = tokens.shape
     mask = jnp.arange(length) < counts[:, None]
-    hidden, cache = apply_hidden(model, params, tokens, mask, model.init_cache(width, length))
+    with attending(fitting("any")):
+        hidden, cache = apply_hidden(model, params, tokens, mask, model.init_cache(width, length))
     last = hidden[jnp.arange(width), jnp.maximum(counts - 1, 0)]
     return draw(head(model, params, last), how, jnp.zeros(width, jnp.int32)), {**cache, "index": counts}
 
