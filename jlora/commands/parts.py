@@ -82,10 +82,11 @@ def keeper(config: TrainConfig, base: Pretrained, what: About, start: Any) -> Ca
     return save
 
 
-def rows_of(config: TrainConfig, source: str) -> list[Row]:
-    """The rows of `source` by the settings' columns and templates."""
+def rows_of(config: TrainConfig, source: str, judged: bool = False) -> list[Row]:
+    """The rows of `source` by the settings' columns and templates. judged: those to evaluate on, all of them."""
+    split, limit = (config.eval_split, 0) if judged else (config.split, config.limit)
     columns = Columns(config.columns, config.prompt, config.completion, header=config.header)
-    return read_rows(source, split=config.split, columns=columns, limit=config.limit)
+    return read_rows(source, split=split, columns=columns, limit=limit)
 
 
 def batches_of(config: TrainConfig, examples: list[Example], steps: int, own: Any = None) -> BatchSource:

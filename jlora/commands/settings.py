@@ -36,7 +36,7 @@ class TrainConfig(MethodConfig, Source):
     output: str = "jlora-run"
     """Folder for adapter, settings, metrics, plot and checkpoints."""
     split: str = "train"
-    """Of a Hub set."""
+    """Of a Hub set that is `data`."""
     columns: tuple[str, ...] = ()
     """Columns renamed, "new=old" each."""
     header: bool = True
@@ -46,9 +46,11 @@ class TrainConfig(MethodConfig, Source):
     completion: str | None = None
     """The answer likewise: " {ref}"."""
     limit: int = 0
-    """Rows to take from the start (a Hub set is then streamed); 0: all."""
+    """Rows to take from the start of `data` (a Hub set is then streamed); 0: all. `eval_data` is read whole."""
     eval_data: str | None = None
     """Rows to evaluate on; without it `held_out` rows are taken out of `data`."""
+    eval_split: str = "test"
+    """Of a Hub set that is `eval_data`."""
     held_out: int = 0
     """Rows taken out of `data`, at random by the seed, to evaluate on."""
     steps: int = 0
@@ -231,6 +233,12 @@ def in_range(config: Any) -> None:
 def check(config: TrainConfig) -> None:
     """Raises ValueError for a setting out of its range, or without another that it needs."""
     in_range(config)
+    same = (config.data, config.split) == (config.eval_data, config.eval_split)
+    if same and config.data.startswith("hub:"):
+        raise ValueError(
+            f"eval_data is {config.data}[{config.split}], the rows that are trained on: give another eval_split, or "
+            "held_out"
+        )
     if config.patience and not config.eval_every:
         raise ValueError("patience counts evaluations: give eval_every, and eval_data or held_out")
     if config.topology and not config.dry_run:
