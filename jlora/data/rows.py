@@ -17,6 +17,14 @@ from jlora.io.text import one_line
 ROLES = ("system", "user", "assistant", "tool")
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
 """Columns of GLUE's sentence pairs."""
+KINDS = (
+    {"messages", "tools"},
+    {"prompt", "chosen", "rejected"},
+    {"instruction", "input", "output"},
+    {"text", "sentence", "pair", "label", "score"}.union(*PAIRS),
+    {"prompt", "completion"},
+)
+"""The keys of each kind of record."""
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -62,6 +70,7 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """How records become rows. rename: "to=from" each. templates: text with {column} in it, for sets of other columns.
+    Keys that are asked for by either win over those of other kinds that a record has.
 
     `label`: rows are (text, pair, label) even where other columns are there. `header`: a table's first line names them.
     """
@@ -94,27 +103,41 @@ def read_rows(source: str | Path, *, split: str = "train", columns: Columns | No
 
 
 def adapt(record: Any, columns: Columns, where: str) -> Any:
-    """The record with columns renamed and templates filled. Raises DataError naming a column that is not there."""
+    """The record with columns renamed and templates filled, by the record's own names, and no key of a kind that
+    these do not make. Raises DataError naming a column that is not there.
+    """
     if not isinstance(record, dict) or columns == Columns():
         return record
-    out = dict(record)
+    asked: dict[str, Any] = {}
+    moved = set()
     for pair in columns.rename:
         to, equals, old = pair.partition("=")
         if not equals:
             raise DataError(f"columns: {pair!r} is not of the form new=old")
         if old not in record:
             raise DataError(f"{where}: column {old!r} is missing ({_keys(record)})")
-        out[to] = record[old]
+        asked[to] = record[old]
+        moved.add(old)
     for name, template in (("prompt", columns.prompt), ("completion", columns.completion)):
         if template is not None:
             for field in _fields(template, name):
                 if field not in record:
                     raise DataError(f"{where}: {name} template names {field!r}, which is missing ({_keys(record)})")
             try:
-                out[name] = template.format(**record)
+                asked[name] = template.format(**record)
             except (ValueError, TypeError) as error:
                 raise DataError(f"{where}: {name} template {template!r:.80}: {one_line(error)}") from None
-    return out
+    out = {key: value for key, value in record.items() if key not in moved} | asked
+    if columns.prompt is not None and columns.completion is None and isinstance(out.get("chosen"), list):
+        raise DataError(f"{where}: a prompt template is text, and 'chosen' a chat with turns of its own: leave it out")
+    return _of_kinds(out, set(asked))
+
+
+def _of_kinds(record: dict[str, Any], asked: set[str]) -> dict[str, Any]:
+    """The record without the keys of kinds that lack one of those asked for."""
+    known = set().union(*KINDS)
+    kept = set().union(*(kind for kind in KINDS if asked & known <= kind)) or known
+    return {key: value for key, value in record.items() if key in kept or key not in known}
 
 
 def _fields(template: str, name: str) -> list[str]:

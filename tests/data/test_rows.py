@@ -127,6 +127,44 @@ def test_templates_make_rows_of_other_columns(tmp_path):
         read_rows(path, columns=Columns(rename=("text=x",)))
 
 
+MANY = {
+    "chat": {"messages": [{"role": "assistant", "content": "x"}]},
+    "preference": {"chosen": "a", "rejected": "b"},
+    "alpaca": {"instruction": "do", "input": "", "output": "done"},
+    "label": {"text": "t", "label": 1},
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_what_is_asked_for_wins_over_a_record_s_other_keys(tmp_path, kind):
+    path = write(tmp_path / "a.jsonl", {"q": "why", "a": "so", "prompt": "old", **MANY[kind]})
+    for columns in (
+        Columns(prompt="{q}?", completion=" {a}"),
+        Columns(rename=("prompt=q",), completion=" {a}"),
+        Columns(rename=("prompt=q", "completion=a")),
+    ):
+        (row,) = read_rows(path, columns=columns)
+        assert row.kind == "answer" and row.prompt.startswith("why") and row.completion.strip() == "so"
+    (row,) = read_rows(path, columns=Columns(rename=("text=q", "label=a")))
+    assert (row.kind, row.text, row.label) == ("label", "why", "so")
+    if kind == "preference":
+        (row,) = read_rows(path, columns=Columns(prompt="{q}?"))
+        assert (row.prompt, row.completion, row.rejected) == ("why?", "a", "b")
+
+
+def test_renames_move_columns(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "answer", "completion": "question", "text": "t"})
+    (row,) = read_rows(path, columns=Columns(rename=("prompt=completion", "completion=prompt")))
+    assert (row.prompt, row.completion) == ("question", "answer")
+    (row,) = read_rows(path, columns=Columns(rename=("completion=text",), prompt="{completion}"))
+    assert (row.prompt, row.completion) == ("question", "t")
+    with pytest.raises(DataError, match="key 'completion' is missing"):
+        read_rows(path, columns=Columns(rename=("note=completion",)))
+    chats = write(tmp_path / "b.jsonl", {"q": "why", **{k: MANY["chat"]["messages"] for k in ("chosen", "rejected")}})
+    with pytest.raises(DataError, match=r"b.jsonl:1: a prompt template is text, and 'chosen' a chat"):
+        read_rows(chats, columns=Columns(prompt="{q}"))
+
+
 def test_tsv_quotes_are_text_and_parquet_gives_the_same(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
