@@ -123,6 +123,8 @@ def adapt(record: Any, columns: Columns, where: str) -> Any:
             for field in _fields(template, name):
                 if field not in record:
                     raise DataError(f"{where}: {name} template names {field!r}, which is missing ({_keys(record)})")
+                if record[field] is None:
+                    raise DataError(f"{where}: {name} template names {field!r}, which is empty in this row")
             try:
                 asked[name] = template.format(**record)
             except (ValueError, TypeError) as error:
@@ -161,8 +163,8 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
         return _chats(record, where)
     if "chosen" in record or "rejected" in record:
         prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-        if not (chosen and rejected):
-            raise DataError(f"{where}: key '{'rejected' if chosen else 'chosen'}' is empty")
+        if not (chosen.strip() and rejected.strip()):
+            raise DataError(f"{where}: key '{'rejected' if chosen.strip() else 'chosen'}' is empty")
         return Row(prompt=prompt, completion=chosen, rejected=rejected, where=where)
     if "instruction" in record and "output" in record:
         template = ALPACA_INPUT if record.get("input") else ALPACA
@@ -213,7 +215,7 @@ def _finite(label: str | int | float) -> bool:
 
 def _answer(record: dict[str, Any], key: str, where: str) -> str:
     text = _text(record, key, where)
-    if not text:
+    if not text.strip():
         raise DataError(f"{where}: key {key!r} is empty: there is nothing to learn from the row")
     return text
 

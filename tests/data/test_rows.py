@@ -34,6 +34,8 @@ def test_jsonl_and_csv_give_the_same_rows(tmp_path):
         ('{"prompt": "x"}', r"bad.jsonl:2: key 'completion' is missing \(the row's keys: 'prompt'\)"),
         ('{"prompt": 3, "completion": "y"}', r"bad.jsonl:2: key 'prompt' must be text, got int '3'"),
         ('{"prompt": "x", "completion": ""}', "bad.jsonl:2: key 'completion' is empty"),
+        ('{"prompt": "x", "completion": " \\n"}', "bad.jsonl:2: key 'completion' is empty"),
+        ('{"prompt": "x", "chosen": "y", "rejected": " "}', "bad.jsonl:2: key 'rejected' is empty"),
         ('{"prompt": ', "bad.jsonl:2: not JSON"),
         ("[1]", "bad.jsonl:2: a row is an object"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', r"bad.jsonl:2: key 'messages\[0\].role'"),
@@ -123,6 +125,12 @@ def test_templates_make_rows_of_other_columns(tmp_path):
     assert (row.text, row.label) == ("name[A]", "It is A.")
     with pytest.raises(DataError, match=r"e2e.csv:2: prompt template names 'm'.*the row's keys: 'mr', 'ref'"):
         read_rows(path, columns=Columns(prompt="{m}", completion="{ref}"))
+    path.write_text("mr,ref\nname[A],It is A.\nname[B]\n")  # a line of fewer fields
+    with pytest.raises(DataError, match=r"e2e.csv:3: completion template names 'ref', which is empty in this row"):
+        read_rows(path, columns=Columns(prompt="{mr}", completion="{ref}"))
+    path.write_text("mr,ref\nname[A],\n")
+    with pytest.raises(DataError, match=r"e2e.csv:2: key 'completion' is empty"):
+        read_rows(path, columns=Columns(prompt="{mr}", completion=" {ref}"))
     with pytest.raises(DataError, match=r"e2e.csv:2: column 'x' is missing"):
         read_rows(path, columns=Columns(rename=("text=x",)))
 
