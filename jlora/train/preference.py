@@ -1,6 +1,7 @@
 """Learning from pairs: DPO (Rafailov et al. 2023) and ORPO (Hong et al. 2024).
 
-DPO's reference is the frozen tree itself, the adapter off: no second model is held.
+DPO's reference is the frozen tree itself, the adapter off: no second model is held. So a method must leave the base in
+there as it was, and start as the base does: the loss of a pair is log 2 then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import jlora
 from jlora.data.batches import Batch, BatchSource, collate, label_count
 from jlora.data.tokens import Example
+from jlora.methods.columns import Filled, Prefixed
 from jlora.train.loss import Sums, example_sums
 
 
@@ -39,10 +41,13 @@ def preference_sums(
     the pairs, the others those whose chosen answer leads. kind: "dpo" or "orpo"; beta: DPO's, or ORPO's weight.
     dropout: of the adapter's input, where a key is given.
 
-    Raises ValueError for another kind, and for DPO where a leaf is trained whole: its reference would be lost.
+    Raises ValueError for another kind, and for DPO where a leaf is trained whole, so that its reference would be lost,
+    or with a prefix, behind which the model does not start as the base.
     """
     if kind not in ("dpo", "orpo"):
         raise ValueError(f"preference loss {kind!r} is not known: dpo, orpo are")
+    if kind == "dpo" and isinstance(model, Prefixed | Filled):
+        raise ValueError("dpo starts at the base, its reference, and a prefix does not: use method lora, or loss orpo")
     lifted = jlora.lift(example_sums(model))
 
     def pairs(params: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
@@ -57,7 +62,7 @@ def preference_sums(
         chosen, rejected, size, other = pairs(params, batch)
         if kind == "dpo":
             if any(leaf is None for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: leaf is None)):
-                raise ValueError("dpo needs the base as its reference: train no weight whole")
+                raise ValueError("dpo needs the base as its reference: train no weight whole, or use loss orpo")
             first, second = map(jax.lax.stop_gradient, pairs(frozen, batch)[:2])
             loss, margin = dpo(chosen, rejected, first, second, beta)
         else:

@@ -9,7 +9,11 @@ import optax
 import pytest
 
 import jlora
+from jlora.commands.settings import TrainConfig
+from jlora.commands.tasks import Pairs
 from jlora.data import Example
+from jlora.methods import named
+from jlora.methods.columns import reading
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.train import init_state, make_train_step
 from jlora.train.preference import PairSource, dpo, orpo, preference_sums
@@ -47,6 +51,30 @@ def test_dpo_is_the_formula_and_its_reference_the_base():
     np.testing.assert_allclose(got.loss, want, rtol=1e-4)
     start = preference_sums(MODEL, "dpo", 0.5)(LORA, FROZEN, BATCH, None)
     np.testing.assert_allclose(start.loss, 3 * math.log(2), rtol=1e-6)
+
+
+PREFIXES, WHOLE, CHANGED = {"prompt", "p-tuning", "prefix", "prefix-kv"}, {"full", "norms"}, {"pissa", "olora"}
+METHODS = [name for name in named.METHODS if name not in CHANGED | {"bitfit"}]  # a Llama has no bias
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora+prompt", "lora+norms"])
+def test_dpo_starts_at_log_2_or_refuses(method):
+    settings = named.MethodConfig(method, rank=2, targets=("attention",), width=2, virtual_tokens=3, dimension=40)
+    frozen, trained = named.make(PARAMS, settings, layouts=LAYOUTS)
+    sums = lambda: preference_sums(reading(MODEL, frozen, trained), "dpo")
+    for kind, text in ((PREFIXES, "and a prefix does not"), (WHOLE, "train no weight whole")):
+        if kind & {*method.split("+")}:
+            with pytest.raises(ValueError, match=text):
+                sums()(trained, frozen, BATCH, None)
+            return
+    np.testing.assert_allclose(jax.jit(sums())(trained, frozen, BATCH, None).loss, 3 * math.log(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"method": "olora"}, {"method": "lora+norms", "init": "pissa"}])
+def test_dpo_refuses_what_changes_the_base(how):
+    with pytest.raises(ValueError, match=r"(olora|pissa) changes it: use init kaiming, or loss orpo"):
+        Pairs(TrainConfig("m", "d", loss="dpo", **how))
+    Pairs(TrainConfig("m", "d", loss="orpo", **how))
 
 
 def test_orpo_is_the_formula():

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from jlora.commands.parts import method_of
+from jlora.commands.settings import TrainConfig
 from jlora.commands.tasks.answers import Answers
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
+from jlora.inits import CHANGES_BASE
 from jlora.io import Pretrained
+from jlora.methods.named import lora_config
 from jlora.train.preference import PairSource, preference_sums
 
 
 class Pairs(Answers):
     """Preferences, by DPO or ORPO."""
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        init = lora_config(method_of(config)).init_lora_weights
+        if config.loss == "dpo" and init in CHANGES_BASE and not config.adapter:
+            raise ValueError(f"dpo's reference is the base, and {init} changes it: use init kaiming, or loss orpo")
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         sides, cuts = [], 0
