@@ -216,6 +216,9 @@ FROM_0 += ("neftune", "limit", "bad_steps", "patience", "draws", "show")
 SHARES = ("dropout", "label_smoothing")
 """Numbers among any command's settings, by the range that they must be in."""
 
+SHAPING = ("label_smoothing", "z_loss", "neftune")
+"""Settings of the loss of answers and labels."""
+
 
 def in_range(config: Any) -> None:
     """Raises ValueError for a number among a command's settings that is out of its range."""
@@ -241,6 +244,12 @@ def check(config: TrainConfig) -> None:
         )
     if config.patience and not config.eval_every:
         raise ValueError("patience counts evaluations: give eval_every, and eval_data or held_out")
+    for name in () if config.eval_data or config.held_out else ("eval_every", "metrics"):
+        if getattr(config, name):
+            raise ValueError(f"{name} needs rows to evaluate on: give eval_data or held_out")
+    for name in () if config.loss == "answers" else SHAPING:
+        if getattr(config, name):
+            raise ValueError(f"{name} = {getattr(config, name)}: loss {config.loss} has no such term, leave it out")
     if config.topology and not config.dry_run:
         raise ValueError(f"topology = {config.topology!r} is what a dry run compiles for: give dry_run too")
 

@@ -26,9 +26,11 @@ def outputs(model: Any, neftune: float = 0.0) -> Callable[..., jax.Array]:
     return run
 
 
-def label_sums(model: Any, numbers: bool, smoothing: float = 0.0, neftune: float = 0.0) -> Callable[..., Sums]:
-    """f(params, batch, key=None) -> `Sums`: `tokens` and `examples` are rows; the loss is -log p of the class, or with
-    `numbers` the squared error of the head's one output."""
+def label_sums(
+    model: Any, numbers: bool, smoothing: float = 0.0, z_loss: float = 0.0, neftune: float = 0.0
+) -> Callable[..., Sums]:
+    """f(params, batch, key=None) -> `Sums`: `tokens` and `examples` are rows; the loss is `label_loss` of the class, or
+    with `numbers` the squared error of the head's one output."""
     head = outputs(model, neftune)
 
     def sums(params: Any, batch: dict[str, jax.Array], key: Any = None) -> Sums:
@@ -37,7 +39,7 @@ def label_sums(model: Any, numbers: bool, smoothing: float = 0.0, neftune: float
             loss, right = (out[:, 0] - batch["labels"]) ** 2, jnp.zeros_like(weights)
         else:
             labels = batch["labels"].astype(jnp.int32)
-            loss: Any = label_loss(out, labels, smoothing)
+            loss: Any = label_loss(out, labels, smoothing, z_loss)
             right = (jnp.argmax(out, axis=-1) == labels).astype(jnp.float32)
         hits, count = jnp.sum(weights * right), jnp.sum(weights)
         return Sums(jnp.sum(weights * loss), count, hits, hits, hits, count)

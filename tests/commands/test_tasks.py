@@ -1,11 +1,15 @@
 """What a task makes of rows and examples."""
 
+from types import SimpleNamespace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jlora.commands.settings import TrainConfig
-from jlora.commands.tasks import Answers
+from jlora.commands.tasks import Answers, Labels
 from jlora.data import Example, Row, packing
+from jlora.io import Pretrained
 
 EXAMPLES = [Example(np.arange(5, dtype=np.int32), np.arange(5) > 2)] * 40
 
@@ -23,3 +27,23 @@ def test_a_run_s_examples_are_packed_once(settings, steps, monkeypatch):
 def test_only_a_prompt_is_answered():
     rows = [Row(completion="text"), Row("ask", "answer"), Row(messages=({"role": "assistant", "content": "chat"},))]
     assert Answers(TrainConfig("m", "d")).asked(rows) == rows[1:2]
+
+
+def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not():
+    logits, ones = jnp.asarray([[2.0, 0.8, -1.3]]), jnp.ones((1, 1))
+    head = SimpleNamespace(apply=lambda variables, *_, **__: variables["params"]["head"])
+    base = Pretrained(head, None, None, None, "m", [])
+    batch = {"tokens": ones, "mask": ones, "types": ones, "labels": ones[0], "weights": ones[0]}
+    key, rows = jnp.zeros(2, jnp.uint32), [Row(text="t", label=n) for n in range(3)]
+
+    def loss(**given):
+        task = Labels(TrainConfig("m", "d", **given), rows)
+        return float(task.objective(base)({"head": None}, {"head": logits}, batch, key).loss)
+
+    log_z = float(jnp.log(jnp.sum(jnp.exp(logits))))
+    assert loss(z_loss=0.1) - loss() == pytest.approx(0.1 * log_z**2, rel=1e-5)
+    own, mean = 0.8, 0.5
+    assert loss(label_smoothing=0.3) - loss() == pytest.approx(0.3 * (own - mean), rel=1e-5)
+    for name in ("z_loss", "label_smoothing"):
+        with pytest.raises(ValueError, match=f"{name} is of classes, and the labels of d are numbers"):
+            Labels(TrainConfig("m", "d", labels="numbers", **{name: 0.1}), rows)

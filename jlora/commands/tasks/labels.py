@@ -40,6 +40,9 @@ class Labels(Answers):
         self.labels = 1 if self.classes is None else len(self.classes)
         if self.labels == 1 and self.classes:
             raise DataError(f"{config.data}: every row has the label {self.classes[0]!r}: there is nothing to learn")
+        for name in ("label_smoothing", "z_loss") if self.classes is None else ():
+            if getattr(config, name):
+                raise ValueError(f"{name} is of classes, and the labels of {config.data} are numbers: leave it out")
 
     def load(self) -> Pretrained:
         try:
@@ -68,7 +71,7 @@ class Labels(Answers):
 
     def objective(self, base: Pretrained) -> Any:
         c, numbers = self.config, self.classes is None
-        shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.neftune))
+        shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.z_loss, c.neftune))
         return self.spread.sums(trained_or_judged(jlora.lift(label_sums(base.model, numbers)), shaped, c.dropout))
 
     def judge(self, base: Pretrained) -> Judge:
