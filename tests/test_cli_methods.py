@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from jlora.cli import main
-from jlora.commands.parts import method_of, optimiser_of
+from jlora.commands.parts import going_on, method_of, optimiser_of
 from jlora.commands.settings import TrainConfig
 from jlora.io import load
 from jlora.io.adapters import save_adapter
@@ -54,13 +56,28 @@ def test_trained_saved_and_read(method, place, tmp_path, capsys):
     assert judged["adapter"]["loss"] == pytest.approx(report["after"]["loss"], abs=2e-5)
 
 
-def test_lora_plus_moves_b_faster():
+@pytest.mark.parametrize("adapter", [None, "one to go on from"])
+def test_lora_plus_moves_b_faster(adapter):
     config = TrainConfig("m", "d", method="lora-plus", optimiser="sgd", learning_rate=0.1, warmup=0, clip=0.0)
+    config = dataclasses.replace(config, adapter=adapter)
     _, lora = named.make({"a": {"kernel": jnp.ones((4, 4))}}, method_of(config))
     tx = optimiser_of(config, 10)
     moved, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
     np.testing.assert_allclose(moved["a"]["kernel"].lora_a, -0.1, rtol=1e-6)
     np.testing.assert_allclose(moved["a"]["kernel"].lora_b, -1.6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+houlsby"])
+def test_training_goes_on_under_the_adapter_s_own_dropout(method, place, tmp_path):
+    base, settings = load(place["model"]), named.MethodConfig(method, rank=2, width=2, dropout=0.25)
+    save_adapter(tmp_path / "x", base, named.make(base.params, settings, layouts=base.layouts)[1], settings)
+    config = TrainConfig(place["model"], place["data"], adapter=str(tmp_path / "x"))
+    assert going_on(config).dropout == going_on(dataclasses.replace(config, dropout=0.25)).dropout == 0.25
+    with pytest.raises(ValueError, match=r"dropout = 0.1, and that of .*x is 0.25: leave it out"):
+        going_on(dataclasses.replace(config, dropout=0.1))
+    args = ["--adapter", str(tmp_path / "x"), "--output", str(tmp_path / "run"), "--steps", "1", "--buckets", "1"]
+    main(["train", "--model", place["model"], "--data", place["data"], *args])
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["dropout"] == 0.25
 
 
 def test_export_converts_or_says_why_not(place, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -24,6 +24,8 @@ from jlora.methods.prefix import settle
 from jlora.train import OptimiserConfig, answer_sums, make_optimiser
 from jlora.train.optimiser import clipped, unclipped
 
+C = TypeVar("C", bound=TrainConfig)
+
 
 def rates(config: TrainConfig) -> OptimiserConfig:
     """The optimiser's settings among a run's."""
@@ -32,9 +34,10 @@ def rates(config: TrainConfig) -> OptimiserConfig:
 
 
 def optimiser_of(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """The run's optimiser; for lora-plus B's rate is `ratio` times A's, for adalora it keeps the budget of ranks."""
-    settings, names = rates(config), () if config.adapter else named.names_of(config.method)
-    if "adalora" in names:
+    """The run's optimiser; for lora-plus B's rate is `ratio` times A's, of an adapter to go on from too; for adalora it
+    keeps the budget of ranks."""
+    settings, names = rates(config), named.names_of(config.method)
+    if "adalora" in names and not config.adapter:
         return adalora.budgeted(make_optimiser(settings, steps), named.budget(method_of(config), steps))
     if "lora-plus" not in names:
         return make_optimiser(settings, steps)
@@ -46,6 +49,17 @@ def method_of(config: TrainConfig) -> named.MethodConfig:
     """The method's settings among a run's."""
     names = {field.name for field in dataclasses.fields(named.MethodConfig)}
     return named.MethodConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
+
+
+def going_on(config: C) -> C:
+    """The settings, with the dropout of the adapter to go on from. Raises ValueError where another one is given."""
+    if not config.adapter:
+        return config
+    what = about(config.adapter)
+    own = what.dropout if isinstance(what, named.MethodConfig) else what.lora_dropout
+    if config.dropout not in (0, own):
+        raise ValueError(f"dropout = {config.dropout}, and that of {config.adapter} is {own}: leave it out")
+    return dataclasses.replace(config, dropout=own)
 
 
 def made_by(

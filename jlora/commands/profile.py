@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jlora.commands.examine import Examiner
-from jlora.commands.parts import made_by, rows_of
+from jlora.commands.parts import going_on, made_by, rows_of
 from jlora.commands.settings import TrainConfig, check, say
 from jlora.commands.tasks import task_of
 from jlora.profile import profile
@@ -25,6 +25,7 @@ class ProfileConfig(TrainConfig):
 def profile_command(config: ProfileConfig) -> dict[str, Any]:
     """Profile the step on the fullest of its first batches. Returns {seconds, by_kind, longest, bytes, batch}."""
     check(config)
+    config = going_on(config)
     rows = rows_of(config, config.data)
     task = task_of(config, rows)
     base = task.load()

@@ -17,7 +17,7 @@ from jlora.commands.dry import describe
 from jlora.commands.examine import Examiner
 from jlora.commands.folder import run_folder
 from jlora.commands.html import write_page
-from jlora.commands.parts import keeper, made_by, rows_of
+from jlora.commands.parts import going_on, keeper, made_by, rows_of
 from jlora.commands.report import picture, write_json
 from jlora.commands.settings import FIXED, TrainConfig, check, run_identity, save_settings, say
 from jlora.commands.tasks import Answers, task_of
@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError for bad settings, rows, or a resumption under other settings, and what `load` raises.
     """
     check(config)
+    config = going_on(config)
     for name in config.metrics:
         text_metric(name)
     train_rows, test_rows = rows_to_use(config)
