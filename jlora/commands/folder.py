@@ -37,6 +37,11 @@ def run_folder(output: str) -> Iterator[tuple[Path, Callable[[], None]]]:
             publish()
 
 
+def told(output: str, name: str) -> str:
+    """Where a file of the run is once it has ended: in `output`, and not in the folder that stands for a remote one."""
+    return str(epath.Path(output) / name)
+
+
 def publisher(folder: Path, target: Any) -> Callable[[], None]:
     """f(): copies to `target`, a path of etils, every file of `folder` that has changed since the last call."""
     sent: dict[Path, tuple[int, int]] = {}

@@ -15,7 +15,7 @@ import jlora
 from jlora.commands.data import statistics
 from jlora.commands.dry import describe
 from jlora.commands.examine import Examiner
-from jlora.commands.folder import run_folder
+from jlora.commands.folder import run_folder, told
 from jlora.commands.html import write_page
 from jlora.commands.parts import going_on, keeper, made_by, rows_of
 from jlora.commands.report import picture, write_json
@@ -77,24 +77,25 @@ def train_in(
 
     examiner = Examiner(config, task, base, task.spread.tree(frozen), task.spread.tree(lora))
     first = jax.process_index() == 0
-    mine = dataclasses.replace(config, output=str(out), track=config.track if first else ())
+    mine = dataclasses.replace(config, track=config.track if first else ())
     with on_sigterm() if jax.process_count() == 1 else nullcontext(stopper()) as stop:
         examiner.ask(tests, test_rows, stop)
-        watching = lambda step: Watch(mine, step, save, publish)
+        watching = lambda step: Watch(mine, out, step, save, publish)
         report = run(config, task, examiner, lora, watching, examples, publish)
     card = {"data": config.data, "steps": report["step"]}
     if "after" in report:
         card |= {f"held-out {name}": f"{value:.4g}" for name, value in report["after"].items()}
     trained, records = report.pop("trained"), report.pop("records")
-    report["adapter"] = str(save(out / "adapter", trained, card))
+    report["adapter"] = told(config.output, save(out / "adapter", trained, card).name)
     try:
-        report["plot"] = str(picture(records, report, out / "plot.png"))
+        report["plot"] = told(config.output, picture(records, report, out / "plot.png").name)
     except ImportError as error:
         say(f"no plot: {error}")
     data = statistics(train_rows, task.flat(examples), config.max_length, config.buckets)
     data.pop("tokens_cut")  # of examples that are cut already
     data |= {"cut": task.cut, "compiled_shapes": report.pop("shapes")}
-    report["page"] = str(write_page(out / "report.html", report, records, dataclasses.asdict(config), data))
+    page = write_page(out / "report.html", report, records, dataclasses.asdict(config), data)
+    report["page"] = told(config.output, page.name)
     write_json(out / "report.json", report)
     return report
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.commands.folder import told
 from jlora.commands.settings import TrainConfig
 from jlora.data import Row
 from jlora.train.report import Best, Metrics, Pace, Reporter
@@ -16,12 +17,18 @@ from jlora.train.track import make_tracker
 
 
 class Watch:
-    """One run's, going on at `step`; `save` writes an adapter, `publish` copies what is new to a remote folder."""
+    """One run's in the local folder `out`, going on at `step`; `save` writes an adapter, `publish` copies what is new
+    to a remote folder."""
 
     def __init__(
-        self, config: TrainConfig, step: int, save: Callable[..., Path], publish: Callable[[], None] = lambda: None
+        self,
+        config: TrainConfig,
+        out: Path,
+        step: int,
+        save: Callable[..., Path],
+        publish: Callable[[], None] = lambda: None,
     ):
-        self.config, self.out, self.save, self.publish = config, Path(config.output), save, publish
+        self.config, self.out, self.save, self.publish = config, out, save, publish
         self.metrics = Metrics(self.out / "metrics.jsonl", step)
         self.written = Metrics(self.out / "samples.jsonl", step)
         self.tracker = make_tracker(config.track, self.out, dataclasses.asdict(config), step)
@@ -63,7 +70,7 @@ class Watch:
     def keep_bad(self, batch: Any) -> str:
         """Write down the batch on which a run broke."""
         np.savez(self.out / "bad-batch.npz", **batch)
-        return f"The batch is in {self.out / 'bad-batch.npz'}"
+        return f"The batch is in {told(self.config.output, 'bad-batch.npz')}"
 
     def skipped(self) -> int:
         """Steps whose loss or gradient was not finite."""

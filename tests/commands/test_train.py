@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from jlora.cli import main
 from jlora.commands.settings import TrainConfig, check
 from jlora.commands.train import rows_to_use
+from tests.small import rows, small_model
+
+FILES = {"adapter": "adapter", "plot": "plot.png", "page": "report.html"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -25,6 +30,17 @@ def test_a_hub_set_is_evaluated_on_another_split(tmp_path, monkeypatch):
         training, judged = rows_to_use(config)
         assert [row.prompt for row in training] == ["train 0", "train 1"]
         assert [row.prompt for row in judged] == [f"{split} {n}" for n in range(3)]
+
+
+def test_a_remote_run_tells_where_its_files_are_in_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jlora.commands.folder.remote", lambda output: True)
+    out = tmp_path / "run"
+    args = ["--data", rows(tmp_path, 8), "--output", str(out), "--steps", "1", "--batch", "4", "--buckets", "1"]
+    main(["train", "--json", "--model", small_model(tmp_path / "model"), *args])
+    for report in (json.loads(capsys.readouterr().out), json.loads((out / "report.json").read_text())):
+        told = {name: report.get(name) for name in ("adapter", "plot", "page") if name in report}
+        assert told == {name: str(out / file) for name, file in FILES.items() if name in told}
+        assert "adapter" in told and all(Path(path).exists() for path in told.values())
 
 
 def test_the_rows_that_are_trained_on_are_not_evaluated_on():
