@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from etils import epath
 
-RECORDS = ("metrics.jsonl", "samples.jsonl")
+from jlora.train.track import RUN_ID
+
+RECORDS = ("metrics.jsonl", "samples.jsonl", RUN_ID)
 """What a run that goes on has to know of its earlier steps."""
 
 

@@ -132,11 +132,13 @@ def test_a_remote_folder_gets_what_is_new_and_gives_the_records_back(tmp_path, m
         publish()
         (there / "adapter" / "weights").unlink()  # is not sent again
         (out / "samples.jsonl").write_text("{}\n")
+        (out / "track.id").write_text("1")
         raise SystemExit(143)
-    assert {path.name for path in there.rglob("*")} == {"adapter", "metrics.jsonl", "samples.jsonl"}
+    assert {path.name for path in there.rglob("*")} == {"adapter", "metrics.jsonl", "samples.jsonl", "track.id"}
     assert not out.exists()
     with run_folder(str(there)) as (out, _):
         assert (out / "metrics.jsonl").read_text() == (out / "samples.jsonl").read_text() == "{}\n"
+        assert (out / "track.id").read_text() == "1"
 
 
 KILLED = """
