@@ -24,7 +24,7 @@ from jlora.io.patterns import Patterns
 from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
 from jlora.io.tensors import finite, some
 from jlora.io.text import one_line
-from jlora.io.whole import stacked, weights_of, whole_of
+from jlora.io.whole import misfit, stacked, weights_of, whole_of
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, Together, is_adapter
 from jlora.methods.dora import DoraFactors, with_magnitude
@@ -157,12 +157,8 @@ class Reading:
 
     def whole(self, tensor: HFTensor, array: np.ndarray) -> list[str]:
         """A tensor trained whole."""
-        want = tuple(self.leaves[tensor.path].shape)[0 if tensor.layer is None else 1 :]
-        want = want[::-1] if tensor.transpose else want
-        if array.shape != want:
-            return [f"{tensor.name} {list(array.shape)}, for a tensor {list(want)}"]
         self.full.setdefault(tensor.path, []).append((tensor, array))
-        return []
+        return misfit(self.leaves[tensor.path], tensor, array)
 
     def token_rows(self, module: str, tensor: HFTensor, array: np.ndarray, dtype: Any) -> list[str]:
         """Rows [n, d] of an embedding."""
@@ -233,6 +229,8 @@ def entry_of(w: Any, found: list[Part], dtype: Any, path: str = "") -> LoraFacto
         rank = max(part.a.shape[1] for part in found)
         a = np.zeros((w.shape[0], w.shape[1], rank), np.float32)
         b = np.zeros((w.shape[0], rank, w.shape[2]), np.float32)
+        if not scaling and any(part.scaling for part in found):
+            raise ValueError(f"{path}: alpha is 0 in some layers of the stack and not in others: give all of them one")
         for part in found:
             a[part.layer, :, : part.a.shape[1]] = part.a
             # one scaling for the stack: what is over goes into B

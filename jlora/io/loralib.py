@@ -18,7 +18,9 @@ import numpy as np
 from jlora.config import LoraConfig
 from jlora.io.adapters import Part, planted
 from jlora.io.peft import module_of
+from jlora.io.tensors import finite
 from jlora.io.torchfile import read_bin
+from jlora.io.whole import misfit
 from jlora.lora import LoraFactors, is_adapter
 from jlora.models.tensors import HFTensor
 from jlora.tree import path_of, paths
@@ -37,7 +39,7 @@ def load_loralib(
 
     alpha: the scaling is alpha / r. enable: MergedLinear's parts of the fused output, in order, as (True, False, True).
     Tensors without `lora_` in their name are whole trained leaves.
-    Raises ValueError listing tensors that have no place in the model, or whose shape does not fit it.
+    Raises ValueError listing tensors that have no place in the model, or whose shape or numbers do not fit it.
     """
     arrays = {name: np.asarray(x) for name, x in read_bin(path).items()}
     by_module = {module_of(t): t for t in tensors if t.name.endswith(".weight")}
@@ -46,7 +48,12 @@ def load_loralib(
     wrong, ranks = [], set()
     for name, array in arrays.items():
         module, _, kind = name.rpartition(".")
-        if name in by_name:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            wrong.append(f"{name} holds {array.dtype}, not floats")
+        elif not finite(array):
+            wrong.append(f"{name} holds NaN or infinity")
+        elif name in by_name:
+            wrong += misfit(leaves[by_name[name].path], by_name[name], array)
             full.setdefault(by_name[name].path, []).append((by_name[name], array))
         elif kind not in ("lora_A", "lora_B") or module not in by_module or f"{module}.lora_B" not in arrays:
             wrong.append(f"{name} has no place in the model")
@@ -76,6 +83,8 @@ def unmerged(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(A [in, r'], B [r', out], r) of one module; r' = r, or r x enabled parts. Raises ValueError for other shapes."""
     rows, out = shape
+    if not a.ndim == b.ndim == 2:
+        raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} are not two matrices")
     if enable is None:
         if a.shape[1] != rows or b.shape != (out, a.shape[0]):
             fused = "" if b.shape[0] == out else "; a fused projection needs enable="

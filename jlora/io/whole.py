@@ -30,6 +30,13 @@ def whole_of(w: Any, found: Sequence[tuple[HFTensor, np.ndarray]], dtype: Any) -
     return stacked(held, w.shape[0], lambda: weights_of(w, found[0][0].path), dtype)
 
 
+def misfit(w: Any, tensor: HFTensor, array: np.ndarray) -> list[str]:
+    """What does not fit of a file's tensor for a leaf trained whole, or one layer of it: a sentence, or none."""
+    want = tuple(w.shape)[0 if tensor.layer is None else 1 :]
+    want = want[::-1] if tensor.transpose else want
+    return [] if array.shape == want else [f"{tensor.name} {list(array.shape)}, for a tensor {list(want)}"]
+
+
 def weights_of(w: Any, path: str) -> jax.Array:
     """The base's own values. Raises ValueError where there are shapes only."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(w)):

@@ -8,7 +8,7 @@ import pytest
 
 import jlora
 from jlora.io import load
-from jlora.io.adapters import load_adapter, load_peft, read_arrays
+from jlora.io.adapters import Part, entry_of, load_adapter, load_peft, read_arrays
 from jlora.io.peft import save_peft
 
 pytestmark = pytest.mark.filterwarnings("default")  # peft's own
@@ -144,3 +144,12 @@ def test_an_adapter_trained_by_peft_goes_on_here_and_back(tmp_path):
     again = peft.PeftModel.from_pretrained(their_model("Llama")[0], str(tmp_path / "ours"))
     with torch.no_grad():
         assert abs(float(again(tokens, labels=tokens).loss) - after) < 1e-5
+
+
+def test_an_alpha_of_0_in_one_layer_of_a_stack_is_told():
+    part = lambda layer, scaling: Part(layer, np.ones((4, 2)), np.ones((2, 4)), scaling, None)
+    with pytest.raises(ValueError, match="q/kernel: alpha is 0 in some layers of the stack and not in others"):
+        entry_of(np.zeros((2, 4, 4)), [part(0, 0.0), part(1, 2.0)], np.float32, "q/kernel")
+    for first, second, scaled in ((0.0, 0.0, 1.0), (2.0, 0.0, 0.0), (2.0, 1.0, 0.5)):
+        entry = entry_of(np.zeros((2, 4, 4)), [part(0, first), part(1, second)], np.float32, "q/kernel")
+        assert entry.scaling == first and float(entry.lora_b[1, 0, 0]) == scaled

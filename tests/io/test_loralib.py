@@ -54,6 +54,25 @@ def test_a_fused_projection_is_what_loralib_computes():
     np.testing.assert_allclose((ours_a @ ours_b).T, want)
 
 
+def test_what_does_not_fit_is_told(monkeypatch):
+    config = BertConfig(31, 16, 24, 2, 4, num_labels=3, model_type="roberta")
+    model, tensors = Bert(config, head="classify"), hf_tensors(config, head="classify")
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    query = "roberta.encoder.layer.0.attention.self.query"
+    good = {f"{query}.lora_A": np.ones((2, 16)), f"{query}.lora_B": np.ones((16, 2))}
+    head = "classifier.out_proj.bias"
+    for name, array, said in (
+        (head, np.ones((7, 5)), rf"{head} \[7, 5\], for a tensor \[3\]"),
+        (head, np.array([0.0, np.nan, 0.0]), f"{head} holds NaN or infinity"),
+        (head, np.ones(3, np.int64), f"{head} holds int64, not floats"),
+        (f"{query}.lora_A", np.full((2, 16), np.inf), "lora_A holds NaN or infinity"),
+        (f"{query}.lora_A", np.ones(16), r"A \[16\] and B \[16, 2\] are not two matrices"),
+    ):
+        monkeypatch.setattr("jlora.io.loralib.read_bin", lambda path, held={**good, name: array}: held)
+        with pytest.raises(ValueError, match=rf"x.bin does not fit the model \(1 tensors\): .*{said}"):
+            load_loralib("x.bin", shapes, tensors, alpha=8)
+
+
 def test_gpt2_there_and_back(tmp_path):
     torch = pytest.importorskip("torch")
     from jlora.models.gpt2 import GPT2, GPT2Config
