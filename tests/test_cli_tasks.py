@@ -72,6 +72,21 @@ def test_classes_of_pairs_are_learnt_and_the_head_goes_into_peft_s_file(encoder,
         low, high = judged["adapter"][f"{name}_interval"]
         assert low <= judged["adapter"][name] <= high
 
+    merged = ["--model", encoder, "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    result(capsys, "merge", "--json", *merged, "--dtype", "float32")
+    told = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert told["id2label"] == {"0": "negative", "1": "positive"} and told["num_labels"] == 2
+    assert told["architectures"] == ["BertForSequenceClassification"]
+    alone = result(capsys, "eval", *place, "--model", str(tmp_path / "merged"), "--draws", "20")
+    assert alone["base"]["loss"] == pytest.approx(report["after"]["loss"], abs=1e-5)
+    main(["export", *merged[:-1], str(tmp_path / "peft")])
+    assert (tmp_path / "peft" / "classes.json").read_bytes() == (adapter / "classes.json").read_bytes()
+    (tmp_path / "peft" / "classes.json").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["merge", "--model", encoder, "--adapter", str(tmp_path / "peft"), "--output", str(tmp_path / "m")])
+    assert "is of labels: write their names into classes.json there" in capsys.readouterr().err
+
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import AutoModelForSequenceClassification
 
@@ -87,9 +102,12 @@ def test_classes_of_pairs_are_learnt_and_the_head_goes_into_peft_s_file(encoder,
     base = load(encoder, head="classify", labels=2)
     frozen, lora, _ = load_adapter(base, adapter)
     ours = base.model.apply({"params": merge(frozen, lora)}, tokens, token_type_ids=types)
-    with torch.no_grad():
-        want = theirs(torch.tensor(tokens), token_type_ids=torch.tensor(types)).logits.numpy()
-    np.testing.assert_allclose(ours, want, atol=1e-5)
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    for model in (theirs, whole):
+        with torch.no_grad():
+            want = model(torch.tensor(tokens), token_type_ids=torch.tensor(types)).logits.numpy()
+        np.testing.assert_allclose(ours, want, atol=1e-5)
+    assert whole.config.id2label == {0: "negative", 1: "positive"}
 
 
 def test_numbers_are_learnt(encoder, tmp_path, capsys):

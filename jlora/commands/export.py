@@ -6,10 +6,10 @@ import dataclasses
 import json
 from typing import Any, Literal
 
-from jlora.commands.merge import MergeConfig, merge_command
-from jlora.commands.settings import say, scheme
-from jlora.io import load
+from jlora.commands.merge import MergeConfig, merge_command, read_base
+from jlora.commands.settings import say
 from jlora.io.adapters import load_adapter, peft_form, save_adapter
+from jlora.io.classes import read_classes, write_classes
 from jlora.io.gguf_adapter import save_gguf_adapter
 from jlora.io.load import hub_id
 from jlora.io.peft import refused_by_vllm
@@ -44,7 +44,7 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
     if config.to == "merged":
         how: dict[str, Any] = {"dtype": config.dtype, "quantise": config.quantise}
         return merge_command(MergeConfig(config.model, config.adapter, config.output, **how))
-    base = load(config.model, weights=config.to == "peft", quantise=scheme(config.quantise))
+    base, head = read_base(config.model, config.adapter, quantise=config.quantise, weights=config.to == "peft")
     frozen, trained, what = load_adapter(base, config.adapter)
     name, revision = hub_id(config.base) if config.base else (base.source, base.revision)
     if config.to == "gguf":
@@ -58,6 +58,8 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
             f"PEFT has no file that is the same as {method}: `--to merged` writes a plain model, if it can"
         )
     folder = save_adapter(config.output, dataclasses.replace(base, source=name, revision=revision), trained, what)
+    if head:
+        write_classes(folder, read_classes(config.adapter))
     written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for note in refused_by_vllm(written) if written["peft_type"] == "LORA" else ():
         say(note)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 import jlora
 from jlora.commands.settings import scheme
-from jlora.io import load
+from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
+from jlora.io.classes import head_for, hub_classes, read_classes
 from jlora.io.save import save
 
 
@@ -32,9 +33,15 @@ class MergeConfig:
     """Largest safetensors file."""
 
 
+def read_base(model: str, adapter: str, *, quantise: str = "none", weights: bool = True) -> tuple[Pretrained, bool]:
+    """(the base as the adapter's folder needs it, whether with a head for labels)."""
+    head = head_for(adapter)
+    return load(model, quantise=scheme(quantise), weights=weights, **head), bool(head)
+
+
 def merge_command(config: MergeConfig) -> dict[str, Any]:
     """{output, tensors, bytes}. Raises ValueError where the adapter does not fit, FileExistsError for a used folder."""
-    base = load(config.model, quantise=scheme(config.quantise))
+    base, head = read_base(config.model, config.adapter, quantise=config.quantise)
     frozen, lora, _ = load_adapter(base, config.adapter)
     return save(
         config.output,
@@ -42,4 +49,5 @@ def merge_command(config: MergeConfig) -> dict[str, Any]:
         jlora.merge(frozen, lora),
         dtype=jnp.dtype(config.dtype),
         shard_bytes=config.shard_bytes,
+        config=hub_classes(read_classes(config.adapter), base.config.model_type) if head else {},
     )

@@ -24,20 +24,27 @@ RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def save(
-    folder: str | Path, base: Pretrained, params: Any, *, dtype: Any = np.float32, shard_bytes: int = 5_000_000_000
+    folder: str | Path,
+    base: Pretrained,
+    params: Any,
+    *,
+    dtype: Any = np.float32,
+    shard_bytes: int = 5_000_000_000,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `params`, a plain tree of `base`'s structure, as a complete model. Returns {output, tensors, bytes}.
 
-    dtype: of the tensors written. shard_bytes: largest file. The folder appears whole or not at all.
+    dtype: of the tensors written. shard_bytes: largest file. config: keys of config.json in place of the base's. The
+    folder appears whole or not at all.
     Raises FileExistsError if `folder` exists and is not empty, OSError naming it if it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give another folder")
-    config = hub_config(base, dtype)
+    told = {**hub_config(base, dtype), **(config or {})}
     with filled(folder) as beside:
         total = write_shards(beside, hub_arrays(base.tensors, params, dtype), shard_bytes)
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (beside / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(beside)
         for name in COPIED:

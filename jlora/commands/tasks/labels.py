@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,10 @@ from jlora.commands.settings import TrainConfig
 from jlora.commands.tasks.answers import Answers, Judge, watched
 from jlora.data import BatchSource, DataError, LabelSource, Row, are_numbers, bucket_lengths, classes_of, label_examples
 from jlora.io import Pretrained
-from jlora.io.beside import put
+from jlora.io.classes import FILE, Classes, read_classes, write_classes
 from jlora.train.labels import label_figures, label_sums, outputs
 from jlora.train.loop import Interrupted, Stop
 from jlora.train.metrics import text_metric
-
-CLASSES = "classes.json"
-"""Beside an adapter with a head: the classes' names in the order of its outputs; null: it gives a number."""
 
 
 class Labels(Answers):
@@ -30,9 +26,8 @@ class Labels(Answers):
 
     def __init__(self, config: TrainConfig, rows: Sequence[Row]):
         super().__init__(config)
-        held = Path(config.adapter or "", CLASSES)
-        if config.adapter and held.is_file():
-            self.classes: list[str] | None = json.loads(held.read_text(encoding="utf-8"))
+        if config.adapter and (Path(config.adapter) / FILE).is_file():
+            self.classes: Classes = read_classes(config.adapter)
         else:
             numbers = config.labels == "numbers" or (config.labels == "auto" and are_numbers(rows))
             self.classes = None if numbers else classes_of(rows)
@@ -105,7 +100,7 @@ class Labels(Answers):
         return []
 
     def beside(self, folder: Path) -> None:
-        put(folder / CLASSES, (json.dumps(self.classes) + "\n").encode())
+        write_classes(folder, self.classes)
 
 
 def predictions(
