@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jlora.cli import main
 from jlora.commands.settings import TrainConfig, check
@@ -41,6 +42,16 @@ def test_a_remote_run_tells_where_its_files_are_in_the_end(tmp_path, monkeypatch
         told = {name: report.get(name) for name in ("adapter", "plot", "page") if name in report}
         assert told == {name: str(out / file) for name, file in FILES.items() if name in told}
         assert "adapter" in told and all(Path(path).exists() for path in told.values())
+
+
+def test_a_forced_resumption_is_not_kept_in_the_settings(tmp_path):
+    out = tmp_path / "run"
+    args = ["--data", rows(tmp_path, 8), "--output", str(out), "--steps", "1", "--batch", "4", "--buckets", "1"]
+    args = ["train", "--model", small_model(tmp_path / "model"), "--samples", "0", *args]
+    main(args)
+    main([*args, "--resume", "--force", "--learning-rate", "0.1"])
+    held = yaml.safe_load((out / "settings.yaml").read_text())
+    assert (held["learning_rate"], held["resume"], held["force"]) == (0.1, False, False)
 
 
 def test_the_rows_that_are_trained_on_are_not_evaluated_on():
