@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from jlora.io.gguf_check import check_gguf
 from jlora.io.sizes import checked_config
-from jlora.io.tensors import Source
+from jlora.io.tensors import Source, some
 from jlora.io.text import one_line
 from jlora.models.llama import LlamaConfig, hf_tensors
 
@@ -31,6 +32,8 @@ NAMES = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+UNREAD = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
+"""The angles of rotary positions, which the config gives."""
 
 
 def gguf_name(hub: str) -> str:
@@ -119,7 +122,7 @@ def read_gguf(path: str | Path) -> tuple[LlamaConfig, Source, Any]:
     """(config, source, reader): the tensors under the Hub's names in torch's orientation, dequantised to f32.
 
     llama.cpp interleaves the two halves of each rotary head in the rows of q and k for architecture "llama"; that
-    is undone here. Raises ValueError for a file that is cut short or no GGUF.
+    is undone here. Raises ValueError for a file that is cut short or no GGUF, or holds tensors that the model lacks.
     """
     import gguf
 
@@ -127,6 +130,9 @@ def read_gguf(path: str | Path) -> tuple[LlamaConfig, Source, Any]:
     config = config_of(reader)
     held = {tensor.name: tensor for tensor in reader.tensors}
     names = {t.name: gguf_name(t.name) for t in hf_tensors(config)}
+    other = sorted(name for name in {*held} - {*names.values()} if not UNREAD.fullmatch(name))
+    if other:
+        raise ValueError(f"{path} holds tensors that have no place in a {config.model_type} model: {some(other, 6)}")
     shapes = {hub: tuple(int(n) for n in held[name].shape[::-1]) for hub, name in names.items() if name in held}
 
     @functools.lru_cache(maxsize=1)  # the parts of one tensor are asked for one after the other

@@ -16,8 +16,8 @@ WORDS = ["<s>", "</s>", "a", "b", "c", "ab", "<tool>", "Ġ"]
 RNG = np.random.default_rng(0)
 
 
-def write(path, kind, arch="llama"):
-    """A small model whose matrices are of one quantisation; returns the raw arrays by GGUF name."""
+def write(path, kind, arch="llama", more=()):
+    """A small model whose matrices are of one quantisation; returns the raw arrays by GGUF name. more: others."""
     quant = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_embedding_length(256)
@@ -49,6 +49,8 @@ def write(path, kind, arch="llama"):
             data = RNG.integers(0, 60, (shape[0], shape[1] // block * size), np.uint8)
         held[name] = (data, quant)
         writer.add_tensor(name, data, raw_dtype=quant)
+    for name in more:
+        writer.add_tensor(name, np.ones(256, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -95,3 +97,17 @@ def test_damaged_files_are_refused(tmp_path):
     write(path, "F32", arch="mamba")
     with pytest.raises(ValueError, match="GGUF architecture 'mamba' is not supported"):
         load(str(path))
+
+
+def test_tensors_that_the_model_lacks_are_refused(tmp_path):
+    path = str(tmp_path / "m.gguf")
+    write(path, "F32", more=["blk.0.attn_rot_embd.weight"])
+    load(path)
+    for name, said in (
+        ("blk.1.attn_q.bias", r"no place in a llama model: blk\.1\.attn_q\.bias"),
+        ("blk.2.attn_norm.weight", r"no place in a llama model: blk\.2\.attn_norm\.weight"),
+        ("rope_freqs.weight", "is not read from GGUF: use the Hub's checkpoint"),
+    ):
+        write(path, "F32", more=[name])
+        with pytest.raises(ValueError, match=said):
+            load(path, weights=False)
