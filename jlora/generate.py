@@ -19,6 +19,7 @@ import numpy as np
 from jlora.data.tokens import prompt_ids
 from jlora.lift import lift
 from jlora.models.attention import attending, fitting
+from jlora.models.causal import to_length
 from jlora.sampling import choose, forbid
 
 
@@ -86,9 +87,9 @@ def read(model: Any, room: int, params: Any, tokens: jax.Array, mask: jax.Array)
     """(logits f32 [b, v] after prompts i32 [b, p], mask [b, p]; their cache, with room for new tokens)."""
     with attending(fitting("any")):
         logits, cache = forward(model, params, tokens, mask, model.init_cache(*tokens.shape))
-    longer = lambda x, axis: jnp.pad(x, [(0, room if n == axis % x.ndim else 0) for n in range(x.ndim)])
-    kv = jax.tree.map(lambda x: longer(x, -2), cache["kv"])
-    return logits, {**cache, "kv": kv, "mask": longer(cache["mask"], -1)}
+    size = tokens.shape[1] + room
+    kv = jax.tree.map(lambda x: to_length(x, -2, size), cache["kv"])
+    return logits, {**cache, "kv": kv, "mask": to_length(cache["mask"], -1, size)}
 
 
 def forward(model: Any, params: Any, tokens: jax.Array, mask: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
@@ -134,13 +135,15 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each row, its end token included. tokens i32 [b, p], mask bool [b, p], padded on the left.
 
-    key: PRNG key, needed above temperature 0. Raises ValueError without it, or for padding on the right.
+    key: PRNG key, needed above temperature 0. Raises ValueError without it, for padding on the right, or for more
+    tokens than the model has positions.
     """
     if config.temperature and config.beams == 1 and key is None:
         raise ValueError("temperature above 0 needs key=: a PRNG key")
     mask = np.asarray(mask, bool)
     if not mask[:, -1].all():
         raise ValueError("prompts are padded on the left: the last column of mask must be all True")
+    within_positions(model, int(mask.sum(axis=1).max()), config.max_new_tokens)
     key = jax.random.key(0) if key is None else key
     if config.beams > 1:
         from jlora.beam import beam_search
@@ -149,6 +152,17 @@ def generate(
     else:
         new, real = run(model, config, params, jnp.asarray(tokens), jnp.asarray(mask), key)
     return [row[keep].tolist() for row, keep in zip(np.asarray(new), np.asarray(real), strict=True)]
+
+
+def within_positions(model: Any, prompt: int, new: int) -> None:
+    """Raises ValueError for more tokens than a table of positions has rows (GPT-2): what is read past it is NaN."""
+    inner, columns = getattr(model, "model", model), getattr(model, "n", 0)  # a prefix takes positions too
+    most = getattr(getattr(inner, "config", None), "n_positions", None)
+    if most is not None and columns + prompt + new > most:
+        raise ValueError(
+            f"{columns + prompt} prompt tokens and {new} new ones are more than the model's {most} positions: "
+            "shorten the prompt or lower max_new_tokens"
+        )
 
 
 def pad_left(rows: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +177,7 @@ def pad_left(rows: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndar
 
 
 def ends(config: GenerateConfig, tokenizer: Any) -> GenerateConfig:
-    """`config` with the tokenizer's end token where it names none."""
+    """`config` with the tokenizer's end token where it names none (`Pretrained.ends` knows a checkpoint's others)."""
     eos = tokenizer.eos_token_id
     return config if config.end or eos is None else dataclasses.replace(config, end=(int(eos),))
 
@@ -205,6 +219,7 @@ def stream(
     if config.temperature and key is None:
         raise ValueError("temperature above 0 needs key=: a PRNG key")
     tokens, mask = pad_left([prompt])
+    within_positions(model, len(prompt), config.max_new_tokens)
     key = jax.random.key(0) if key is None else key
     state = start_jit(model, config.max_new_tokens, params, tokens, mask, key)
     held = max((len(word) for word in stop), default=1) - 1  # what may be the beginning of a stop string

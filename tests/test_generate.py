@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import jlora
 from jlora.beam import beam_search
@@ -156,7 +157,9 @@ def test_equal_prompts_are_drawn_each_by_itself():
 
 def test_every_way_to_write_begins_a_prompt_as_training_does(monkeypatch):
     words, asked = tokenizer(), []
-    words.bos_token, words.add_bos_token = "<unk>", True
+    words.bos_token = "<unk>"
+    begins = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
+    words.backend_tokenizer.post_processor = begins  # and no `add_bos_token`: Llama 3's is made so
     trained = tokenise(Row("good film", " fine"), words).prompt.tolist()
     assert trained == [0, 5, 9]
 
@@ -172,7 +175,9 @@ def test_every_way_to_write_begins_a_prompt_as_training_does(monkeypatch):
     assert generate_text(None, None, words, ["good film", [5]], GenerateConfig()) == ["good", "good"]
     monkeypatch.setattr(commands, "stream", streamed)
     monkeypatch.setattr(
-        commands, "ready", lambda config: (types.SimpleNamespace(tokenizer=words, model=None, source="m"), None)
+        commands,
+        "ready",
+        lambda config: (types.SimpleNamespace(tokenizer=words, model=None, source="m", ends=()), None),
     )
     command = commands.GenerateCommand("m", prompts=("good film",), raw=True)
     commands.generate_command(command)

@@ -51,7 +51,7 @@ def data_command(config: DataConfig) -> dict[str, Any]:
     base = load(config.model, weights=False)
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
-    examples, _ = tokenise_rows(rows, base.tokenizer, sys.maxsize)
+    examples, _ = tokenise_rows(rows, base.tokenizer, sys.maxsize, base.ends)
     colour = sys.stderr.isatty()
     for row, example in list(zip(rows, examples, strict=True))[: config.show]:
         say(f"-- {row.where} ({row.kind}, {len(example.tokens)} tokens)")

@@ -135,7 +135,6 @@ def trained_or_judged(plain: Any, shaped: Any, dropout: float) -> Any:
 def answer(base: Pretrained, params: Any, row: Row) -> str:
     """What the model writes after a row's prompt, greedily, as long as the wanted answer and a little more."""
     room = len(base.tokenizer(row.completion)["input_ids"]) + 6
-    (text,) = generate_text(
-        base.model, params, base.tokenizer, [row.prompt], GenerateConfig(max_new_tokens=min(room, 128))
-    )
+    how = GenerateConfig(max_new_tokens=min(room, 128), end=base.ends)
+    (text,) = generate_text(base.model, params, base.tokenizer, [row.prompt], how)
     return text

@@ -36,7 +36,7 @@ def write(
     stop: Stop = lambda: False,
 ) -> list[str]:
     """What the model answers to each prompt, greedily. Raises `Interrupted` between batches once `stop()`."""
-    how, texts = GenerateConfig(max_new_tokens=max_new_tokens), []
+    how, texts = GenerateConfig(max_new_tokens=max_new_tokens, end=base.ends), []
     for n in range(0, len(prompts), batch):
         if stop():
             raise Interrupted

@@ -45,10 +45,18 @@ class Pretrained:
     """Paths of a head that the checkpoint does not hold; told by its headers, all of the head where it has no files."""
     revision: str | None = None
     """Of `source`, where that is a Hub id and one was asked for."""
+    stops: tuple[int, ...] = ()
+    """Tokens that end an answer by the checkpoint's files, beside the tokenizer's own."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer or a turn, the tokenizer's first. (Gemma's turns end in one of their own.)"""
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return tuple(dict.fromkeys([*([] if own is None else [int(own)]), *self.stops]))
 
     def check(self, length: int, token: int) -> None:
-        """Raises ValueError for more positions than the model has a table for, or a token that it does not have: JAX
-        would read the nearest row instead."""
+        """Raises ValueError for more positions than the model has a table for, or a token that it does not have: the
+        row read instead is NaN."""
         most = {"gpt2": "n_positions", "bert": "max_position_embeddings", "roberta": "max_position_embeddings"}
         rows = getattr(self.config, most.get(self.config.model_type, ""), length)
         rows -= self.config.pad_token_id + 1 if self.config.model_type == "roberta" else 0
@@ -100,12 +108,12 @@ def load(
         hub = read_json(path / "config.json")
         kind = family(str(hub.get("model_type", "none"))[:80])
         config = checked_config(kind.config, hub, path / "config.json")
-        tokenizer, stored = folder_tokenizer(path), None
+        tokenizer, stored, stops = folder_tokenizer(path), None, stops_of(path, hub, config.vocab_size)
     else:
         from jlora.io.gguf import read_gguf, tokenizer_of
 
         config, stored, reader = read_gguf(path)
-        kind, tokenizer = family(config.model_type), tokenizer_of(reader)
+        kind, tokenizer, stops = family(config.model_type), tokenizer_of(reader), ()
     extra = {} if head is None else {"head": head}
     if head is not None and "head" not in {field.name for field in dataclasses.fields(kind.model)}:
         raise ValueError(f"{source}: {config.model_type} has no head {head!r}: encoders do")
@@ -126,7 +134,7 @@ def load(
         params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored), made=made)
     folder = path if path.is_dir() else None
     name, revision = hub_id(source, revision)
-    return Pretrained(model, params, config, tokenizer, name, tensors, folder, tuple(fresh), revision)
+    return Pretrained(model, params, config, tokenizer, name, tensors, folder, tuple(fresh), revision, stops)
 
 
 def quantisers(shapes: Any, scheme: Any, layouts: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,6 +216,19 @@ def folder_tokenizer(folder: Path) -> Any:
     except Exception as error:  # whatever a file's wrong key or type meets in there
         reason = one_line(f"{type(error).__name__} {error}")
         raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
+
+
+def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, else of config.json: a number or several. Numbers past the vocabulary,
+    which small copies of a model keep, are left out. Raises ValueError for anything else."""
+    file = folder / "generation_config.json"
+    found = read_json(file).get("eos_token_id") if file.exists() else None
+    if found is None:
+        file, found = folder / "config.json", hub.get("eos_token_id")
+    many = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(n) is int for n in many):
+        raise ValueError(f"{file}: eos_token_id {str(found)[:40]} is no token's number, nor a list of them")
+    return tuple(n for n in many if 0 <= n < vocabulary)
 
 
 def folder_source(folder: Path, needed: bool = True) -> Source:

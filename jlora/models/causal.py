@@ -97,6 +97,14 @@ def empty_cache(layers: int, batch: int, size: int, heads: int, width: int, dtyp
     return {"kv": (one(), one()), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
 
 
+def to_length(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """x with `size` of an axis: its first ones, or zeros after all of them."""
+    axis %= x.ndim
+    if x.shape[axis] >= size:
+        return jax.lax.slice_in_dim(x, 0, size, axis=axis)
+    return jnp.pad(x, [(0, size - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
+
+
 def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
     """The layers of a model, to be set as an attribute in `setup` and run by `through`.
 

@@ -75,8 +75,7 @@ class Engine:
         self.waiting: collections.deque[Request] = collections.deque()
         self.commands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self.changed, self.stopping, self.failed = threading.Condition(), False, ""
-        eos = base.tokenizer.eos_token_id
-        self.ends = frozenset() if eos is None else frozenset([int(eos)])
+        self.ends = frozenset(base.ends)
         self.counts: dict[str, float] = collections.defaultdict(float)
         self.thread = threading.Thread(target=self.loop, name="jlora-engine", daemon=True)
 

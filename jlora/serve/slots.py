@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jlora
 from jlora.bank import with_rows
 from jlora.models.attention import attending, fitting
+from jlora.models.causal import to_length
 from jlora.serve.sample import Sampling, draw
 
 
@@ -54,12 +55,6 @@ def resized(model: Any, slots: Slots, size: int) -> Slots:
     rows, columns = cache_axes(model)
     cut = lambda x, row, column: x if column < 0 else to_length(x, column + (row < 0), size)
     return dataclasses.replace(slots, cache=jax.tree.map(cut, slots.cache, rows, columns))
-
-
-def to_length(x: jax.Array, axis: int, size: int) -> jax.Array:
-    if x.shape[axis] >= size:
-        return jax.lax.slice_in_dim(x, 0, size, axis=axis)
-    return jnp.pad(x, [(0, size - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
 
 
 def apply_hidden(model: Any, params: Any, tokens: jax.Array, mask: Any, cache: Any) -> Any:

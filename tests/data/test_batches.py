@@ -10,8 +10,9 @@ from jlora.data.tokens import prompt_ids
 
 
 class CharTokenizer:
-    """A character a token; end of turn is token 0."""
+    """A character a token; end of turn is token 0. `begins`: it adds token 1, without a flag, as Llama 3's."""
 
+    begins = False
     eos_token_id, bos_token_id, special_tokens_map = 0, 1, {}
     chat_template = (
         "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}${{ '\n' }}{% endfor %}"
@@ -19,8 +20,8 @@ class CharTokenizer:
     )
 
     def __call__(self, text, add_special_tokens=True):
-        assert not add_special_tokens
-        return {"input_ids": [0 if c == "$" else ord(c) for c in text]}
+        first = [1] if self.begins and add_special_tokens else []
+        return {"input_ids": first + [0 if c == "$" else ord(c) for c in text]}
 
 
 def text_of(tokens):
@@ -36,7 +37,7 @@ def test_the_answer_and_its_end_carry_the_loss():
 def test_a_prompt_begins_as_in_training_and_a_chat_as_its_template_says():
     words = CharTokenizer()
     assert prompt_ids(words, "ab") == [97, 98] and prompt_ids(words, "") == [1]
-    words.add_bos_token = True
+    words.begins = True
     assert prompt_ids(words, "ab") == [1, 97, 98] == list(tokenise(Row("ab", "cd"), words).prompt)
     assert prompt_ids(words, "\x01ab") == [1, 97, 98] and prompt_ids(words, "") == [1]
     assert tokenise(Row(messages=({"role": "assistant", "content": "a"},)), words).tokens[0] == ord("<")
@@ -48,6 +49,13 @@ def test_chat_masks_every_assistant_turn_and_nothing_else():
     example = tokenise(row, CharTokenizer())
     assert text_of(example.tokens) == "<s>s$\n<u>u$\n<a>one$\n<u>v$\n<a>two$"
     assert text_of(example.tokens[example.loss_mask]) == "one$two$"
+
+
+def test_a_turn_ends_at_any_end_of_the_checkpoint():
+    turns = [("user", "u"), ("assistant", "one!a"), ("user", "v"), ("assistant", "two")]
+    row = Row(messages=tuple({"role": r, "content": c} for r, c in turns))
+    ((example,), cut) = tokenise_rows([row], CharTokenizer(), 99, ends=(0, ord("!")))
+    assert text_of(example.tokens[example.loss_mask]) == "one!two$" and not cut
 
 
 def test_a_template_that_rewrites_the_past_is_an_error():

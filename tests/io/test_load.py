@@ -160,3 +160,24 @@ def test_parts_go_to_their_devices(tmp_path):
     placed, plain = jlora.io.load(folder, sharding=sharding), jlora.io.load(folder)
     jax.tree.map(np.testing.assert_array_equal, placed.params, plain.params)
     assert asked["layers/mlp/down_proj/kernel"] == (2, 48, 32)
+
+
+def test_an_answer_ends_where_the_checkpoint_says_too(tmp_path, capsys):
+    folder = tmp_path / "m"
+    small_model(folder)  # the tokenizer's end is 2
+    file, config = folder / "generation_config.json", folder / "config.json"
+
+    def ends(**held):
+        file.write_text(json.dumps(held))
+        return jlora.io.load(str(folder), weights=False).ends
+
+    assert ends() == (2,) and ends(eos_token_id=7) == (2, 7) and ends(eos_token_id=[7, 2, 5, 99]) == (2, 7, 5)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 8}))
+    assert ends() == (2, 8) and ends(eos_token_id=7) == (2, 7)
+    file.unlink()
+    assert jlora.io.load(str(folder), weights=False).ends == (2, 8)
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id two is no token's number"):
+        ends(eos_token_id="two")
+    ends(eos_token_id=list(range(15)))
+    main(["generate", "good film", "--model", str(folder), "--raw"])
+    assert len(capsys.readouterr().out.split()) <= 1  # whatever comes first ends it

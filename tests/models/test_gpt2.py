@@ -10,6 +10,7 @@ import pytest
 import jlora
 from jlora.generate import GenerateConfig, generate, pad_left
 from jlora.io import load
+from jlora.methods.columns import Prefixed
 from jlora.models.gpt2 import GPT2, GPT3, GPT2Config, hf_tensors
 from jlora.tree import paths, size
 
@@ -100,3 +101,17 @@ def test_gpt3_has_its_size(name, billions):
 def test_what_changes_results_is_refused():
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx True is not supported"):
         GPT2Config.from_hf({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True})
+
+
+def test_more_tokens_than_positions_are_refused():
+    config = GPT2Config(61, n_positions=40, n_embd=32, n_layer=2, n_head=4)
+    model = GPT2(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens, mask = pad_left([[5] * 30])
+    (new,) = generate(model, params, tokens, mask, GenerateConfig(max_new_tokens=10))
+    assert len(new) == 10
+    told = "{} prompt tokens and {} new ones are more than the model's 40 positions: .* lower max_new_tokens"
+    with pytest.raises(ValueError, match=told.format(30, 11)):
+        generate(model, params, tokens, mask, GenerateConfig(max_new_tokens=11))
+    with pytest.raises(ValueError, match=told.format(32, 10)):
+        generate(Prefixed(model, 2, 61, 1), params, tokens, mask, GenerateConfig(max_new_tokens=10))

@@ -62,7 +62,7 @@ class Answers:
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         """(examples, how many were cut)."""
-        return tokenise_rows(rows, base.tokenizer, self.config.max_length)
+        return tokenise_rows(rows, base.tokenizer, self.config.max_length, base.ends)
 
     def flat(self, examples: list[Any]) -> list[Example]:
         """The examples' token sequences one by one."""
