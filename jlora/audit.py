@@ -16,7 +16,10 @@ import jax
 from jlora.leaves import is_implicit
 from jlora.tree import nbytes, paths
 
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?(\w+)\[([\d,]*)\]\S* ([\w\-]+)\((.*)$")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?(\w+)\[([\d,]*)\][^ (]*(?:, [^()]*\))? ([\w\-]+)\((.*)$")
+"""Of a tuple of results, as a library's product with its workspace has, the first."""
+LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|conv)[^"]*"', re.IGNORECASE)
+"""What stands for a product in a program for GPUs: "__cublas$gemm", "__cublas$lt$matmul", "__cudnn$convForward"."""
 PRODUCTS = {"dot", "convolution"}
 SUMS = {"add", "subtract"}
 
@@ -100,8 +103,9 @@ def in_program(text: str, weights: dict[str, Any]) -> list[str]:
     dims = {name: [int(n) for n in size.split(",") if n] for name, _, size, _, _ in lines}
     known = signatures(weights)
     problems: list[str] = []
-    for name, kind, _, opcode, rest in lines:
+    for name, kind, _, called, rest in lines:
         paths_here = known.get(wide(dims[name]))
+        opcode = "dot" if called == "custom-call" and LIBRARY.search(rest) else called
         if not paths_here or opcode not in PRODUCTS | SUMS:
             continue
         if opcode in SUMS and "f" not in kind:  # of integers: the codes of a quantised weight, less their zero

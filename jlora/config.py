@@ -18,6 +18,7 @@ class LoraConfig:
     init_lora_weights: True (kaiming), or a name of `jlora.inits.INITS`.
     layers_to_transform: layer numbers in the paths (layers_3/..., Block_3/...); a stack of layers under scan is one
         leaf, and is adapted whole or not at all.
+    lora_dropout: kept for the adapter's file; in training `combine(..., dropout=, key=)` carries it out.
     """
 
     r: int = 8

@@ -142,7 +142,7 @@ def custom_jvp(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[An
 
     @f.defjvp
     def f_jvp(primals: Any, tangents: Any) -> Any:
-        full, full_t = jax.jvp(lambda *args: [value_of(arg) for arg in args], primals, tangents)
+        full, full_t = jax.jvp(lambda *args: dense(args, "custom_jvp's own derivative", strict), primals, tangents)
         return jax.jvp(original, full, full_t)
 
     return f(*operands)
@@ -158,14 +158,10 @@ def custom_vjp(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[An
         return dense(run(closed.jaxpr, closed.consts, args), "custom_vjp", strict)
 
     def forward(*args: Any) -> Any:
-        return jax.vjp(lambda *args: original(*[value_of(arg) for arg in args]), *args)
+        return jax.vjp(lambda *args: original(*dense(args, "custom_vjp's own derivative", strict)), *args)
 
     f.defvjp(forward, lambda pullback, cotangents: pullback(cotangents))
     return f(*operands)
-
-
-def value_of(value: Any) -> Any:
-    return value.materialise() if is_implicit(value) else value
 
 
 def as_function(eqn: Any) -> Callable[..., list[Any]]:

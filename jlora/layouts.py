@@ -198,7 +198,7 @@ def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices
         return other(eqn, bind, position, leaf, indices)
     picked = leaf.origin(dims.start_index_map)
     rest = [ax for ax in range(leaf.ndim) if ax not in dims.collapsed_slice_dims]
-    if indices.size > indices.shape[-1] and len(rest) == 1:  # rows for many tokens
+    if indices.ndim > 1 and len(rest) == 1:  # rows for tokens, however few
         leaf.notes.use(leaf.path, "embedding", picked)
         return out
     leaf.notes.stacked[leaf.path].update(picked)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 RANK = -1
 """The label of the rank axis in `LoraLeaf.a_axes` and `b_axes`; a label >= 0 is an axis of the weight."""
@@ -174,8 +175,6 @@ class LoraLeaf(ImplicitLeaf):
         return stacked, rebuild
 
     def shard_specs(self, spec: Any, exact: bool = True) -> Any:
-        from jax.sharding import PartitionSpec
-
         full = tuple(spec) + (None,) * (self.ndim - len(spec))
 
         def of(axes: tuple[int, ...]) -> PartitionSpec:
@@ -214,10 +213,30 @@ def contract(
         (tuple(x_axes.index(ax) for ax in summed), tuple(y_axes.index(ax) for ax in summed)),
         (tuple(x_axes.index(ax) for ax in batch), tuple(y_axes.index(ax) for ax in batch)),
     )
-    out = lax.dot_general(x, y, dims, **dot)
     have = batch + [ax for ax in x_axes if ax not in both] + [ax for ax in y_axes if ax not in both]
+    out = lax.dot_general(x, y, dims, **dot, **lying((x, x_axes), (y, y_axes), have))
     present = [ax for ax in out_axes if ax in have]
     if present != have:
         out = lax.transpose(out, tuple(have.index(ax) for ax in present))
     missing = tuple(n for n, ax in enumerate(out_axes) if ax not in have)
     return lax.expand_dims(out, missing) if missing else out
+
+
+def on_explicit_mesh(*arrays: Any) -> bool:
+    """Whether one lies on a mesh whose axes are part of types (`AxisType.Explicit`, what `jax.make_mesh` makes)."""
+    return any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in arrays)
+
+
+def lying(x: tuple[Any, Any], y: tuple[Any, Any], out_axes: Sequence[Any]) -> dict[str, Any]:
+    """`out_sharding` of a product on an explicit mesh, where it must be said if what is summed is split: each axis as
+    in the operand that has it, a mesh axis once. Operands are (array, its axes). Else nothing."""
+    if not on_explicit_mesh(x[0], y[0]):
+        return {}
+    names: dict[Any, Any] = {}
+    for array, axes in (x, y):
+        taken = set(jax.tree.leaves(list(names.values())))
+        for ax, name in zip(axes, jax.typeof(array).sharding.spec, strict=True):
+            if ax in out_axes and names.get(ax) is None and not taken & set(jax.tree.leaves(name)):
+                names[ax] = name
+    where = next(jax.typeof(v).sharding.mesh for v, _ in (x, y) if on_explicit_mesh(v))
+    return {"out_sharding": NamedSharding(where, PartitionSpec(*(names.get(ax) for ax in out_axes)))}

@@ -131,7 +131,7 @@ def lorafy(
         `jlora.layouts(apply, params, *example)` returns. Needed for weights of three axes and more.
     init: "kaiming" (default), "gaussian", "pissa" or "olora"; the last two replace the adapted weights in `frozen`.
     train: leaves to train whole (a bias, a new head).
-    config: a `LoraConfig` in place of all of these but key, layouts and dtype.
+    config: a `LoraConfig` in place of all of these but key, layouts and dtype. Its lora_dropout is `combine`'s to do.
 
     Raises ValueError if nothing matches a target or pattern, if a weight's axes cannot be told, or for a rank below 1.
     """

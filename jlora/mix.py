@@ -124,8 +124,9 @@ def shorter(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array
     """A [i, r], B [r, o] -> the best approximation of A·B of `rank`, its singular values' roots in each factor."""
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(b.T)
-    left, right = roots(r_a @ r_b.T, rank)
-    return q_a @ left, right @ q_b.T
+    exact = functools.partial(jnp.matmul, precision="highest")
+    left, right = roots(exact(r_a, r_b.T), rank)
+    return exact(q_a, left), exact(right, q_b.T)
 
 
 def roots(d: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +144,9 @@ def layers(
 
     def layer(args: Any) -> tuple[jax.Array, jax.Array]:
         pairs, key = args
-        deltas = jnp.stack([c * a @ b for c, (a, b) in zip(scale, pairs, strict=True)])  # [n, i, o]
+        deltas = jnp.stack(
+            [c * jnp.matmul(a, b, precision="highest") for c, (a, b) in zip(scale, pairs, strict=True)]
+        )  # [n, i, o]
         if method in ("prune", "ties"):
             deltas = jax.vmap(lambda d: largest(d, density))(deltas)
         else:

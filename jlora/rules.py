@@ -159,7 +159,9 @@ def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices
 
     a, a_axes = rows(leaf.lora_a, leaf.a_axes)
     b, b_axes = rows(leaf.lora_b, leaf.b_axes)
-    out = LoraLeaf(bind(leaf.w, indices), a, b, None, a_axes, b_axes, (), leaf.scaling, 0.0, leaf.path)
+    key, key_axes = (None, ()) if leaf.key is None else rows(leaf.key, leaf.key_axes)
+    kinds = (leaf.scaling, leaf.dropout, leaf.path)
+    out = LoraLeaf(bind(leaf.w, indices), a, b, key, a_axes, b_axes, key_axes, *kinds)
     stacked = axis in leaf.a_axes and axis in leaf.b_axes
     return out if stacked else out.materialise()
 

@@ -15,7 +15,7 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from jlora.leaves import contract
+from jlora.leaves import contract, on_explicit_mesh
 
 Labels = tuple[int, ...]
 
@@ -24,8 +24,8 @@ def thin(x: Any, x_axes: Labels, factor: Any, axes: Labels, out_axes: Labels, **
     """`contract(x, x_axes, factor, axes, out_axes, **dot)`, of activations x and a factor."""
     labels = (x_axes, axes, out_axes)
     plain = all(sum(ax in held for held in labels) > 1 for ax in {ax for held in labels for ax in held})
-    # inside shard_map it is for `dot_general` to mark what varies over which axes
-    if not plain or jax.sharding.get_abstract_mesh().manual_axes:
+    # inside shard_map, and on explicit meshes, it is for `dot_general` to mark what varies or lies over which axes
+    if not plain or jax.sharding.get_abstract_mesh().manual_axes or on_explicit_mesh(x, factor):
         return contract(x, x_axes, factor, axes, out_axes, **dot)
     return thin_p.bind(x, factor, x_axes=x_axes, axes=axes, out_axes=out_axes, dot=tuple(sorted(dot.items())))
 

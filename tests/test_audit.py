@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import jlora
+from jlora.audit import in_program
 
 D, F, TOKENS = 24, 40, 56
 
@@ -125,3 +126,15 @@ def test_bad_arguments_say_what_would_fix_them(given, text):
     params, _, layouts = setting()
     with pytest.raises(ValueError, match=text):
         jlora.lorafy(params, **{"rank": 2, "layouts": layouts, **given})
+
+
+GPU = """
+  %cublas-gemm.1 = (f32[24,40]{1,0}, s8[4194304]{0}) custom-call(f32[24,56]{1,0} %x, f32[56,40]{1,0} %ct), custom_call_target="__cublas$gemm"
+  %ours.1 = f32[56,40]{1,0} custom-call(f32[56,24]{1,0} %x, f32[24,40]{1,0} %w), custom_call_target="__cublas$lt$matmul"
+  %other.1 = (f32[24,40]{1,0}, s8[16]{0}) custom-call(f32[24,40]{1,0} %w), custom_call_target="__cub$DeviceRadixSort"
+"""  # noqa: E501
+
+
+def test_a_library_call_of_a_program_for_gpus_is_a_product():
+    (problem,) = in_program(GPU, {"w": jnp.ones((24, 40))})
+    assert problem.startswith("a product of the shape of w [24, 40]: its gradient")

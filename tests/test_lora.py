@@ -118,6 +118,15 @@ def test_dropout_drops_the_adapters_input_only_and_keeps_its_mean():
     np.testing.assert_array_equal(out, apply(frozen, X))
 
 
+@pytest.mark.parametrize("pick", [lambda w: w[1], lambda w: jnp.take(w, 1, axis=0), lambda w: w[jnp.array([2, 1])][1]])
+def test_a_matrix_picked_from_a_stack_drops_too(pick):
+    params = {"w": jnp.zeros((3, 8, 2))}
+    lora = {"w": jlora.LoraFactors(jnp.ones((3, 8, 1)), jnp.ones((3, 1, 2)), 1.0, "sio")}
+    f = jlora.lift(lambda p, x: x @ pick(p["w"]), strict=True)
+    y = f(jlora.combine(params, lora, dropout=0.5, key=jax.random.key(0)), jnp.ones((200, 8)))
+    assert set(np.unique(y)) <= set(range(0, 17, 2)) and len(np.unique(y)) > 3
+
+
 def test_each_layer_of_a_scanned_stack_drops_by_itself():
     params = {"w": jnp.zeros((3, 8, 2))}
     lora = {"w": jlora.LoraFactors(jnp.ones((3, 8, 1)), jnp.ones((3, 1, 2)), 1.0, "sio")}

@@ -156,13 +156,13 @@ def test_lifted_is_dense(name):
     close(jax.jit(lifted)(jlora.combine(frozen, moved), x), want, tol)
 
 
+@pytest.mark.filterwarnings("ignore:.*custom_vjp's own derivative:jlora.MaterialisedWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_dense_function(name):
     f, x_shape, w_shape, letters = CASES[name]
     x = normal(0, *x_shape)
     frozen, _, moved = adapted(w_shape, letters)
-    # custom_vjp differentiates by its own rule on the dense weight, and says so nowhere: it is its author's wish
-    lifted = jlora.lift(lambda p, x: f(x, p["w"]), strict=True)
+    lifted = jlora.lift(lambda p, x: f(x, p["w"]), strict=name != "custom_vjp")
     weigh = jnp.cos(jnp.arange(f(x, frozen["w"]).size)).reshape(f(x, frozen["w"]).shape)
 
     def loss(lora):
@@ -177,6 +177,7 @@ def test_gradients_are_those_of_the_dense_function(name):
         close(g, w, 5e-2 if "bf16" in name else 2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*custom_vjp's own derivative:jlora.MaterialisedWarning")
 @pytest.mark.parametrize("name", ["matmul", "heads back", "conv 2-D", "tied", "scan", "custom_vjp", "experts"])
 def test_gradients_are_the_numerical_ones(name):
     f, x_shape, w_shape, letters = CASES[name]
@@ -201,3 +202,30 @@ def test_layouts_reads_off_the_same_letters(name):
     assert found.letters == letters
     assert found.kind == ("embedding" if name in ("embedding", "tied") else "conv" if "conv" in name else "linear")
     assert found.tied == (name == "tied")
+
+
+def tripled(x, w):
+    """`through` with the weight itself in a function that has a derivative of its own."""
+
+    @jax.custom_jvp
+    def f(w):
+        return 3.0 * w
+
+    f.defjvp(lambda primals, tangents: (f(primals[0]), 3.0 * tangents[0]))
+    return x @ f(w)
+
+
+@pytest.mark.parametrize("f, name", [(through, "custom_vjp"), (tripled, "custom_jvp")])
+def test_a_derivative_of_ones_own_gets_the_weight_and_it_is_told(f, name):
+    x, (frozen, _, moved) = normal(0, 4, 6), adapted((6, 5), "io")
+    loss = lambda lora, strict: jnp.sum(jlora.lift(lambda p: f(x, p["w"]), strict=strict)(jlora.combine(frozen, lora)))
+    with pytest.warns(jlora.MaterialisedWarning, match=f"w \\[6, 5\\] was materialised for {name}'s own derivative"):
+        jax.grad(loss)(moved, False)
+    with pytest.raises(ValueError, match="strict=True forbids"):
+        jax.grad(loss)(moved, True)
+
+
+def test_a_table_is_told_by_one_token_too():
+    tied = lambda p, tokens: p["w"][tokens] @ p["w"].T
+    found = jlora.layouts(tied, {"w": jnp.zeros((7, 4))}, jnp.zeros((1, 1), int))["w"]
+    assert (found.kind, found.letters, found.tied) == ("embedding", "io", True)

@@ -34,7 +34,9 @@ class DoraLeaf(ScaledLeaf):
 
     def scale(self) -> tuple[jax.Array, Labels]:
         labels = self.labels("magnitude")
-        return self.beside["magnitude"] / lax.stop_gradient(norm(self.w, labels)), labels
+        size = lax.stop_gradient(norm(self.w, labels))
+        # a column of zeros begins at magnitude 0, and 0 / 0 would be no start
+        return self.beside["magnitude"] / jnp.where(size > 0, size, 1.0), labels
 
 
 def norm(leaf: LoraLeaf, kept: Labels) -> jax.Array:

@@ -69,7 +69,7 @@ def alternate(w: Any, entry: LoraFactors, scheme: Any, iterations: int) -> tuple
         m = m.astype(jnp.float32)
         parts, a, b = None, jnp.zeros((m.shape[0], rank)), jnp.zeros((rank, m.shape[1]))
         for _ in range(iterations):
-            parts = scheme.encode(m - scaling * a @ b)
+            parts = scheme.encode(m - scaling * jnp.matmul(a, b, precision="highest"))
             a, b = pissa(None, m - scheme.decode(parts, rows), rank, scaling)
         return parts, a, b
 

@@ -137,3 +137,12 @@ def test_bfloat16_stays(method):
         warnings.simplefilter("error")
         out = jlora.lift(apply)(jlora.combine(frozen, trained), TOKENS)
     assert out.dtype == apply(params, TOKENS).dtype
+
+
+def test_dora_starts_as_the_base_where_a_column_is_zero():
+    params = {"w": jnp.ones((4, 3)).at[:, 1].set(0.0)}
+    frozen, lora = dora.make(params, 2, layouts={"w": "io"})
+    out = lambda lora: jlora.lift(lambda p: jnp.ones((2, 4)) @ p["w"])(jlora.combine(frozen, lora))
+    np.testing.assert_allclose(out(lora), jnp.ones((2, 4)) @ params["w"], rtol=1e-6)
+    grads = jax.grad(lambda lora: jnp.sum(out(lora) ** 2))(lora)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
