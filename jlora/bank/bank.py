@@ -36,6 +36,24 @@ def write(array: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(array, part.astype(array.dtype), start, axis)
 
 
+def sized(held: BankFactors, slots: int, rank: int) -> BankFactors:
+    """`held` with so many slots of such a rank; what is new is zero, what is cut off must hold nothing."""
+    at = len(axes_of(held.layout, "s"))
+    if (held.slots, held.a.shape[at]) == (slots, slots * rank):
+        return held
+    a, b = (resized(x, at, held.slots, slots, rank) for x in (held.a, held.b))
+    return dataclasses.replace(held, a=a, b=b, slots=slots)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def resized(x: jax.Array, at: int, held: int, slots: int, rank: int) -> jax.Array:
+    x = x.reshape(*x.shape[:at], held, -1, *x.shape[at + 1 :])
+    x = x[(slice(None),) * at + (slice(slots), slice(rank))]
+    room = [(0, 0)] * x.ndim
+    room[at : at + 2] = [(0, slots - x.shape[at]), (0, rank - x.shape[at + 1])]
+    return jnp.pad(x, room).reshape(*x.shape[:at], slots * rank, *x.shape[at + 2 :])
+
+
 @jax.jit
 def summed(w: jax.Array, held: BankFactors, slot: Any) -> jax.Array:
     """W and the difference of one slot, in W's dtype."""
@@ -123,18 +141,18 @@ class AdapterBank:
             raise ValueError("None is the base without an adapter: give the adapter a name")
         entries = self.checked(key, lora)
         rank = max((entry.lora_a.shape[-1] for entry in entries.values()), default=1)
-        slot = self.slots[key] if key in self.slots else self.free_slot()
-        if rank > self.rank:
-            while self.rank < rank:
-                self.rank *= 2
-            self.resize()
+        # until all is written the adapter is not here: what breaks off on the way leaves a free slot
+        slot = self.slots.pop(key) if key in self.slots else self.free_slot()
+        wide = self.rank
+        while wide < rank:
+            wide *= 2
+        self.resize(self.capacity, wide)
         for path, entry in entries.items():
             if path not in self.factors:
                 self.factors[path] = self.empty(path, entry.layout)
         for path, held in self.factors.items():
             self.factors[path] = self.written(held, entries.get(path), slot)
         self.slots[key] = slot
-        self.slots.move_to_end(key)
         return slot
 
     def remove(self, key: Hashable) -> None:
@@ -179,8 +197,8 @@ class AdapterBank:
         if free is not None:
             return free
         if self.capacity < self.most:
-            free, self.capacity = self.capacity + 1, min(2 * self.capacity, self.most)
-            self.resize()
+            free = self.capacity + 1
+            self.resize(min(2 * self.capacity, self.most), self.rank)
             return free
         oldest = next((key for key in self.slots if key not in self.pins), None)
         if oldest is None:
@@ -194,27 +212,26 @@ class AdapterBank:
         a, b = zeros(*stack, width, *i), zeros(*stack, width, *o)
         return BankFactors(a, b, None, self.capacity + 1, layout, self.method)
 
-    def resize(self) -> None:
-        """The arrays at the present capacity and rank, with what they held."""
-        for path, old in self.factors.items():
-            new, at = self.empty(path, old.layout), len(axes_of(old.layout, "s"))
-
-            def grown(x: jax.Array, like: jax.Array, at: int = at, slots: int = old.slots) -> jax.Array:
-                x = x.reshape(*x.shape[:at], slots, -1, *x.shape[at + 1 :])
-                room = [(0, 0)] * x.ndim
-                room[at], room[at + 1] = (0, self.capacity + 1 - slots), (0, self.rank - x.shape[at + 1])
-                return jnp.pad(x, room).reshape(like.shape)
-
-            self.factors[path] = dataclasses.replace(new, a=grown(old.a, new.a), b=grown(old.b, new.b))
+    def resize(self, capacity: int, rank: int) -> None:
+        """Room for so many adapters of such a rank, one weight after the other; if it breaks off, all is as before."""
+        try:
+            for path, held in self.factors.items():
+                self.factors[path] = sized(held, capacity + 1, rank)
+        except BaseException:
+            for path, held in self.factors.items():  # most often memory was short: give back what had grown
+                self.factors[path] = sized(held, self.capacity + 1, self.rank)
+            raise
+        self.capacity, self.rank = capacity, rank
 
     def written(self, held: BankFactors, entry: LoraFactors | None, slot: int) -> BankFactors:
         """`held` with an adapter's factors, or zeros, in a slot."""
         at = len(axes_of(held.layout, "s"))
+        rank = held.a.shape[at] // held.slots  # its own: a resize that broke off may have left it wider than the others
         if entry is None:
-            a, b = (np.zeros((*x.shape[:at], self.rank, *x.shape[at + 1 :]), np.float32) for x in (held.a, held.b))
+            a, b = (np.zeros((*x.shape[:at], rank, *x.shape[at + 1 :]), np.float32) for x in (held.a, held.b))
         else:
-            a, b, _ = parts_of(entry, self.rank)
-        start = jnp.asarray(slot * self.rank, jnp.int32)
+            a, b, _ = parts_of(entry, rank)
+        start = jnp.asarray(slot * rank, jnp.int32)
         return dataclasses.replace(held, a=write(held.a, a, start, at), b=write(held.b, b, start, at))
 
 

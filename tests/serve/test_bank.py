@@ -11,6 +11,7 @@ import pytest
 
 import jlora
 from jlora.bank import AdapterBank, BankFull, Shelf, with_rows
+from jlora.bank import bank as bank_module
 from jlora.io.load import load
 from jlora.io.peft import save_peft
 from jlora.models.llama import Llama, LlamaConfig
@@ -151,6 +152,46 @@ def test_a_thousand_are_resident_and_each_is_itself(made):
     for n, name in enumerate(names):
         merged = jlora.merge(params, scaled(name or 0))
         np.testing.assert_allclose(out[n], apply({"params": merged}, TOKENS[n : n + 1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("rolled_back", [True, False])
+def test_growing_that_breaks_off_harms_no_adapter(made, monkeypatch, rolled_back):
+    _, params, adapters = made
+    bank = AdapterBank(params, capacity=1, rank=4, most=4)
+
+    def right(*names):
+        for name in names:
+            want = jlora.merge(params, adapters[name])
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), bank.merged(params, name), want)
+
+    bank.add("a", adapters["a"])
+    before = {path: (held.slots, held.a.shape) for path, held in bank.factors.items()}
+    grow, calls = bank_module.resized, []
+
+    def short(*args):
+        calls.append(1)
+        if len(calls) == 4 or (len(calls) > 4 and not rolled_back):
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return grow(*args)
+
+    for name in ("b", "c"):  # one slot more, then a larger rank
+        with monkeypatch.context() as patch:
+            patch.setattr(bank_module, "resized", short)
+            calls.clear()
+            with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+                bank.add(name, adapters[name])
+        assert (bank.capacity, bank.rank) == ((1, 4) if name == "b" else (2, 4)) and name not in bank
+        after = {path: (held.slots, held.a.shape) for path, held in bank.factors.items()}
+        assert (after == before) == rolled_back
+        right("a")
+        if name == "b":
+            bank.add("a", adapters["a"])  # written into arrays of two sizes
+            right("a")
+            bank.add("b", adapters["b"])
+            before = {path: (held.slots, held.a.shape) for path, held in bank.factors.items()}
+    bank.add("c", adapters["c"])
+    assert (bank.capacity, bank.rank) == (4, 8)
+    right("a", "b", "c")
 
 
 def test_what_does_not_fit_is_named(made):
