@@ -19,6 +19,7 @@ import numpy as np
 
 from jlora.bank import AdapterBank, BankFull, Shelf
 from jlora.io.load import Pretrained
+from jlora.io.text import one_line
 from jlora.serve.alone import Alone
 from jlora.serve.request import Ask, Event, Request
 from jlora.serve.sample import Sampling
@@ -159,7 +160,7 @@ class Engine:
             while self.wait():
                 self.turn()
             self.abandon("cancelled", "the server is stopping")
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except BaseException as error:  # whatever it is, a tokenizer's panic too, those who wait must hear of it
             self.failed = f"the engine failed: {type(error).__name__}: {error}"
             self.abandon("error", self.failed)
             raise
@@ -175,6 +176,8 @@ class Engine:
         """Commands, then those who left, at most one new prompt, and one token for everybody."""
         while self.commands:
             command, future = self.commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(command())
             except Exception as error:
@@ -205,27 +208,30 @@ class Engine:
         group: list[int] = []
         while None in self.running and len(group) < self.together:
             with self.changed:
-                if not self.waiting:
-                    break
-                request = self.waiting[0]
-                if group and self.prompt_bucket(request) != self.prompt_bucket(self.running[group[0]]):
-                    break
-                self.waiting.popleft()
+                request = self.waiting[0] if self.waiting else None
+            if request is None or (group and self.prompt_bucket(request) != self.prompt_bucket(self.running[group[0]])):
+                break
             slot, ask = self.running.index(None), request.ask
             try:
                 row = self.shelf.pin(ask.adapter)
             except BankFull:
-                with self.changed:
-                    self.waiting.appendleft(request)
                 break
             except (ValueError, OSError) as error:  # the folder has gone or changed since it was offered
-                request.end("error", message=str(error))
-                self.counts["finished_error"] += 1
-                continue
-            self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
-            group.append(slot)
+                self.refuse(request, str(error))
+            except Exception as error:  # too little memory for it is a RuntimeError
+                why = f"{type(error).__name__}: {one_line(error)}"
+                self.refuse(request, f"{ask.adapter.name!r} did not get into memory, load one of a lower rank: {why}")
+            else:
+                self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
+                group.append(slot)
+            with self.changed:  # not before it is running or over: it must not be forgotten
+                self.waiting.popleft()
         if group:
             self.read(group)
+
+    def refuse(self, request: Request, message: str) -> None:
+        request.end("error", message=message)
+        self.counts["finished_error"] += 1
 
     def prompt_bucket(self, request: Request | None) -> int:
         assert request is not None
@@ -302,7 +308,8 @@ class Engine:
             if not request.finish:
                 request.end(finish, message=message)
         for _, future in self.commands:
-            future.set_exception(RuntimeError(message))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(message))
 
 
 def sampling(asks: list[Ask]) -> Sampling:

@@ -162,6 +162,51 @@ def test_cancelling_and_running_out_of_time_free_the_slot(served):
     assert not engine.shelf.bank.pins
 
 
+def test_an_adapter_that_gets_no_memory_ends_its_own_request_alone(served, monkeypatch):
+    base, folder, engine = served
+
+    def short(held, lora):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n\x1b[2J")
+
+    engine.load("late", folder / "tweets").result()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.shelf.bank, "add", short)
+        refused, other = Asked(engine, (5, 6, 7), "late"), Asked(engine, (5, 6, 7), max_tokens=4)
+        event = refused.events.get(timeout=600)
+        assert event.finish == "error" and "'late' did not get into memory" in event.message
+        assert "RuntimeError: RESOURCE_EXHAUSTED: Out of memory" in event.message and event.message.isprintable()
+        other.wait()
+        assert other.request.new == offline(base, None, (5, 6, 7), 4)
+    late = Asked(engine, (5, 6, 7), "late", max_tokens=4)
+    late.wait()
+    assert late.request.new == offline(base, folder / "tweets", (5, 6, 7), 4)
+    engine.unload("late").result()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_thread_everybody_is_told(place, monkeypatch):
+    engine = Engine(place[0], slots=1, max_length=64, smallest=16)
+    given_up = engine.ask_thread(lambda: None)
+    given_up.cancel()
+    late = [engine.ask_thread(lambda: None) for _ in range(2)]
+
+    def panic(adapter):
+        late.extend(engine.ask_thread(lambda: None) for _ in range(2))
+        late[2].cancel()
+        raise KeyboardInterrupt("a panic")
+
+    monkeypatch.setattr(engine.shelf, "pin", panic)
+    asked = [Asked(engine, (5, 6, 7)) for _ in range(2)]
+    engine.start()
+    for one in asked:
+        assert one.wait()[1] == "error"
+    engine.thread.join(60)
+    assert [one.cancelled() or one.exception() for one in late[:3]] == [None, None, True]
+    for tell in (late[3].result, lambda: Asked(engine, (5,))):
+        with pytest.raises(RuntimeError, match="the engine failed: KeyboardInterrupt: a panic"):
+            tell()
+
+
 def test_bursts_and_caches_that_grow_and_shrink_write_the_same(served):
     base, folder, _ = served
     engine = Engine(base, slots=2, max_length=64, smallest=16, together=2, burst=3).start()
