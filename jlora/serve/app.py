@@ -26,7 +26,17 @@ from jlora.serve.folders import Folders, name_of
 from jlora.serve.guard import allowed, key_digest, read_body
 from jlora.serve.metrics import Metrics
 from jlora.serve.request import Event, Request
-from jlora.serve.schema import Answer, BadRequest, ask_of, error_json, flag, prompt_tokens, read_object, text_of
+from jlora.serve.schema import (
+    Answer,
+    BadRequest,
+    ask_of,
+    check_fields,
+    error_json,
+    flag,
+    prompt_tokens,
+    read_object,
+    text_of,
+)
 
 PAGE = Path(__file__).with_name("page.html")
 STATUS = {"timeout": 408, "cancelled": 503, "error": 500}
@@ -121,6 +131,7 @@ class Server:
     async def answer(self, http: HTTPRequest, chat: bool) -> Any:
         body = await self.body(http)
         name, adapter = self.adapter(body)
+        check_fields(body, chat)
         streaming, options = flag(body, "stream"), body.get("stream_options") or {}
         if not isinstance(options, dict):
             raise BadRequest("stream_options must be an object", "stream_options")

@@ -1,6 +1,7 @@
 """OpenAI's request bodies as `Ask`s, and the answers' JSON. What is not supported is refused, never ignored.
 
 Names and defaults: https://platform.openai.com/docs/api-reference; top_k, min_p and ignore_eos as in vLLM.
+A field is read, or has a value that asks for nothing, or does not bear on the answer; any other is refused.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from jlora.data.template import render
 from jlora.data.tokens import prompt_ids, text_ids
 from jlora.serve.request import Ask
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos")
+READ = {"model", "max_tokens", "max_completion_tokens", "stream", "stream_options", *SAMPLING}
+"""And `messages` or `prompt`."""
+
+NAMING = ("user", "metadata", "store", "service_tier", "safety_identifier", "request_id")
+CACHING = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_salt")
+HARMLESS = {*NAMING, *CACHING, "priority", "prediction", "parallel_tool_calls"}
+"""What names, files or hastens a request; parallel_tool_calls is about tools, which are refused themselves."""
+
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False, 0),
+    "logprobs": (False,),  # 0 asks for those of the chosen tokens
     "top_logprobs": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -32,7 +41,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": (),
+    # vLLM's
+    "add_generation_prompt": (True,),
+    "bad_words": ([],),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
 """Fields that would change the answer, and the values under which they do not."""
 
@@ -62,6 +91,17 @@ def read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise BadRequest(f"the body is a JSON {type(held).__name__}; an object is expected")
     return held
+
+
+def check_fields(body: Mapping[str, Any], chat: bool) -> None:
+    """Raises BadRequest for a field that would change the answer and is not read; null counts as not given."""
+    read = READ | {"messages" if chat else "prompt"}
+    alike = lambda value, held: value == held and isinstance(value, bool) == isinstance(held, bool)
+    for name, value in body.items():
+        if value is None or name in read or name in HARMLESS:
+            continue
+        if not any(alike(value, held) for held in NEUTRAL.get(name, ())):
+            raise BadRequest(f"{name[:60]} = {str(value)[:40]} is not supported here: leave it out", name[:60])
 
 
 def number(body: Mapping[str, Any], name: str, default: Any, least: float, most: float, whole: bool = False) -> Any:
@@ -115,6 +155,8 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
         at = f"messages[{n}]"
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
             raise BadRequest(f"{at}.role must be system, developer, user or assistant", "messages")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise BadRequest(f"{at} calls tools, which are not supported here: put it as text", "messages")
         content = message.get("content")
         if isinstance(content, list):
             if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -148,10 +190,6 @@ def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabular
 
 def ask_of(body: Mapping[str, Any], tokens: list[int], adapter: Any, chat: bool, room: int) -> Ask:
     """The settings of a request whose prompt is read. room: tokens of prompt and answer together. Raises BadRequest."""
-    for name, neutral in NEUTRAL.items():
-        value = body.get(name)
-        if value is not None and value not in neutral:
-            raise BadRequest(f"{name} = {str(value)[:40]} is not supported here", name)
     if not tokens:
         raise BadRequest("the prompt is empty", "messages" if chat else "prompt")
     left = room - len(tokens)
@@ -186,7 +224,10 @@ def ask_of(body: Mapping[str, Any], tokens: list[int], adapter: Any, chat: bool,
 
 
 def error_json(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    # what a client sent may hold half of a surrogate pair, which no answer can
+    said = message.encode(errors="replace").decode()
+    param = param and param.encode(errors="replace").decode()
+    return {"error": {"message": said, "type": kind, "param": param, "code": code}}
 
 
 class Answer:

@@ -109,6 +109,10 @@ BAD = [
     ({"model": "film", "prompt": PROMPT, "top_p": 0}, 400, "top_p must be"),
     ({"model": "film", "prompt": PROMPT, "n": 2}, 400, "n = 2 is not supported"),
     ({"model": "film", "prompt": PROMPT, "logprobs": 3}, 400, "logprobs"),
+    ({"model": "film", "prompt": PROMPT, "logprobs": 0}, 400, "logprobs = 0 is not supported"),
+    ({"model": "film", "prompt": PROMPT, "n": True}, 400, "n = True is not supported"),
+    ({"model": "film", "prompt": PROMPT, "messages": []}, 400, "messages = [] is not supported"),
+    ({"model": "film", "prompt": PROMPT, "\ud800": "\ud800"}, 400, "? = ? is not supported"),
     ({"model": "film", "prompt": PROMPT, "stop": [""]}, 400, "stop string"),
     ({"model": "film", "prompt": PROMPT, "stream": 1}, 400, "stream must be true or false"),
 ]
@@ -120,6 +124,62 @@ def test_bad_requests_say_what_is_wrong(served, body, status, says):
     answer = served.http.post("/v1/completions", content=sent, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert answer.status_code == status and says in error["message"] and error["type"] == "invalid_request_error"
+
+
+ASKS_MORE = {
+    "chat_template_kwargs": {"enable_thinking": False},
+    "stop_token_ids": [3],
+    "min_tokens": 4,
+    "bad_words": ["film"],
+    "guided_json": {},
+    "structured_outputs": {"choice": ["good"]},
+    "use_beam_search": True,
+    "typical_p": 0.5,
+    "prompt_logprobs": 0,
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "logprobs": True,
+    "reasoning_effort": "low",
+    "tools": [{"type": "function"}],
+    "frequency_penalty": 0.5,
+    "tempurature": 0,
+}
+# ChatOpenAI's of LangChain, vLLM's defaults, what OpenAI's client and page send
+ASKS_NOTHING = {
+    "n": 1,
+    "logprobs": False,
+    "seed": None,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "user": "somebody",
+    "metadata": {"a": "b"},
+    "store": False,
+    "service_tier": "auto",
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    "tool_choice": "auto",
+    "min_tokens": 0,
+    "repetition_penalty": 1.0,
+    "skip_special_tokens": True,
+    "stop_token_ids": [],
+    "chat_template_kwargs": {},
+    "add_generation_prompt": True,
+    "guided_json": None,
+}
+
+
+def test_a_field_that_is_not_read_is_refused_unless_it_asks_for_nothing(served):
+    said = {"role": "assistant", "content": "film", "refusal": None, "tool_calls": [], "function_call": None}
+    body = {"model": "film", "messages": [{"role": "user", "content": "good"}, said], "max_tokens": 2}
+    chat = lambda **more: served.post("/v1/chat/completions", **body | more)
+    assert chat(**ASKS_NOTHING).status_code == 200
+    for name, value in ASKS_MORE.items():
+        error = chat(**{name: value}).json()["error"]
+        assert error["param"] == name and f"{name} = {str(value)[:40]} is not supported here" in error["message"]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for more in ({"tool_calls": [call]}, {"function_call": call["function"]}):
+        assert "messages[0] calls tools" in chat(messages=[said | more]).json()["error"]["message"]
 
 
 def test_bodies_that_are_none(served, client):
