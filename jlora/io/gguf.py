@@ -152,7 +152,7 @@ def tokenizer_of(reader: Any) -> Any:
 
     Raises ValueError for another kind of vocabulary.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     get = metadata(reader)
@@ -195,9 +195,15 @@ def tokenizer_of(reader: Any) -> Any:
             raise ValueError(f"the GGUF file's {name} token is number {number} of {len(tokens)}")
         return None if number is None else tokens[number]
 
+    bos = special("bos")
+    if bos is not None and get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe"):  # llama.cpp's default
+        # by an id of its own: the token's text may be anything
+        begin = {"id": "begin", "ids": [get("tokenizer.ggml.bos_token_id", int)], "tokens": [bos]}
+        pair = "begin $A begin:1 $B:1"
+        bpe.post_processor = processors.TemplateProcessing("begin $A", pair, special_tokens=[begin])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        bos_token=special("bos"),
+        bos_token=bos,
         eos_token=special("eos"),
         unk_token=special("unknown"),
         pad_token=special("padding") or special("eos"),

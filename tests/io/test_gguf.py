@@ -16,8 +16,11 @@ WORDS = ["<s>", "</s>", "a", "b", "c", "ab", "<tool>", "Ġ"]
 RNG = np.random.default_rng(0)
 
 
-def write(path, kind, arch="llama", more=()):
-    """A small model whose matrices are of one quantisation; returns the raw arrays by GGUF name. more: others."""
+def write(path, kind, arch="llama", pre="smollm", more=(), **begin):
+    """A small model whose matrices are of one quantisation; returns the raw arrays by GGUF name.
+
+    more: tensors besides. begin: methods of the writer for the begin token, each with its argument.
+    """
     quant = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_embedding_length(256)
@@ -27,11 +30,13 @@ def write(path, kind, arch="llama", more=()):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(WORDS)
     writer.add_token_types([3, 3, 1, 1, 1, 1, 4, 1])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(1)
+    for name, value in begin.items():
+        getattr(writer, name)(value)
     held = {}
     sizes = {"k_proj": (128, 256), "v_proj": (128, 256), "embed": (8, 256)}
     for tensor in hf_tensors(CONFIG):
@@ -81,6 +86,25 @@ def test_tokens_of_a_user_are_whole_and_are_shown(tmp_path):
     ids = words("ab<tool>c</s>")["input_ids"]
     assert ids == [5, 6, 4, 1]
     assert words.decode(ids, skip_special_tokens=True) == "ab<tool>c"
+
+
+@pytest.mark.parametrize(
+    ("pre", "told", "begins"),
+    [
+        ("llama-bpe", {}, True),
+        ("llama-bpe", {"add_add_bos_token": False}, False),
+        ("smollm", {}, False),
+        ("smollm", {"add_add_bos_token": True}, True),
+    ],
+)
+def test_a_begin_token_is_added_where_llama_cpp_would(pre, told, begins, tmp_path):
+    write(tmp_path / "m.gguf", "F32", pre=pre, add_bos_token_id=0, **told)
+    words = load(str(tmp_path / "m.gguf"), weights=False).tokenizer
+    begin = [0] * begins
+    assert words("ab")["input_ids"] == [*begin, 5]
+    assert words("ab", "c")["input_ids"] == [*begin, 5, *begin, 4]
+    assert words("ab", add_special_tokens=False)["input_ids"] == [5]
+    assert words.bos_token == "<s>"
 
 
 def test_damaged_files_are_refused(tmp_path):
