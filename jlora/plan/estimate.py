@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
@@ -22,7 +23,10 @@ from jlora.sharding import BATCH
 from jlora.tree import nbytes, paths, size
 
 RESERVED = 0.024
-"""Share of a chip's memory that programs do not get: the compiler gives 15.75 of v5e's 16 GiB, 31.25 of v6e's 32."""
+"""Share of a TPU's memory that programs do not get: the compiler gives 15.75 of v5e's 16 GiB, 31.25 of v6e's 32."""
+
+GPU_SHARE = 0.75
+"""Of a GPU's memory, what JAX takes for programs unless its environment says otherwise."""
 
 
 LANES = 128
@@ -145,7 +149,7 @@ def flops(plan: PlanConfig, run: Setting) -> float:
         matrices, _ = matrices_of(run.frozen, c)
         passes, extra = 2 + again, 2.0 * size(run.state.trained) * tokens * (3 + again)
     head = 2.0 * c.vocab * c.d * tokens * (passes + (1 - again))
-    attention = 4.0 * plan.batch * c.layers * plan.seq**2 * c.d * (3 + again)
+    attention = 4.0 * plan.batch * c.layers * plan.seq**2 * c.heads * c.k * (3 + again)
     return 2.0 * matrices * tokens * passes + extra + head + attention
 
 
@@ -177,7 +181,10 @@ def without(spec: PartitionSpec, name: str) -> PartitionSpec:
 
 def room(where: Topology) -> int:
     """Bytes of a device's memory that a program can have."""
-    return int(where.memory * (1 - RESERVED))
+    if where.compiler:
+        return int(where.memory * (1 - RESERVED))
+    told = [os.environ.get(name) for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")]
+    return int(where.memory * float(told[0] or told[1] or GPU_SHARE))
 
 
 def largest(plan: PlanConfig, run: Setting, name: str) -> int:

@@ -55,6 +55,29 @@ def test_flops_are_six_a_parameter_and_token_for_full_and_a_third_less_for_lora(
     assert lora["TFLOP_a_step"] / full["TFLOP_a_step"] == pytest.approx(2 / 3, abs=0.02)
 
 
+def test_attention_is_counted_by_its_heads(tmp_path):
+    def told(seq, **sizes):
+        (tmp_path / "config.json").write_text(json.dumps({**TINY, **sizes}))
+        return plan(PlanConfig(model=str(tmp_path), topology="v5e:1", batch=1, seq=seq, remat="none"))["TFLOP_a_step"]
+
+    for k in (64, 128):  # d = 256: the second has heads as Qwen 3's
+        layers, heads, s = 2, 4, 4096
+        scores = told(2 * s, head_dim=k) - 2 * told(s, head_dim=k)  # all else grows with s alone
+        assert scores == pytest.approx(3 * 2 * 2 * layers * heads * k * 2 * s**2 / 1e12)
+
+
+def test_programs_get_a_share_of_a_gpu(monkeypatch):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    share = lambda: room(topology("h100:8")) / topology("h100:8").memory
+    assert share() == 0.75
+    for name, value in zip(names[::-1], (0.5, 0.9), strict=True):
+        monkeypatch.setenv(name, str(value))
+        assert share() == pytest.approx(value)
+    assert room(topology("v5e:1")) / 2**30 == pytest.approx(15.75, abs=0.2)
+
+
 @pytest.mark.parametrize("name", ["batch", "seq"])
 def test_the_largest_fits_and_the_next_does_not(name):
     config = PlanConfig(topology="v5e:2x4")
