@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+GOOGLE = "0x1ae0"
+"""PCI's number of the maker."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,13 @@ def devices() -> Check:
     return Check("devices", saw, unused)
 
 
-def unused_accelerator(root: str = "/dev") -> str:
+def unused_accelerator(root: str = "/dev", pci: str = "/sys/bus/pci/devices") -> str:
     """What to install where the machine has a TPU or GPU that JAX does not use; "" if it has none."""
     names = os.listdir(root) if os.path.isdir(root) else []
-    if any(re.fullmatch(r"accel\d+", name) for name in names):
+    # v5e, v5p and v6e are given to programs by vfio, as other devices may be: Google's number among PCI's tells
+    handed = any(entry.name.isdigit() for entry in Path(root, "vfio").glob("*"))
+    makers = {file.read_text().strip() for file in Path(pci).glob("*/vendor")} if handed else set()
+    if any(re.fullmatch(r"accel\d+", name) for name in names) or GOOGLE in makers:
         return 'there is a TPU here that JAX does not use: pip install "jlora[tpu]", and unset JAX_PLATFORMS'
     if any(re.fullmatch(r"nvidia\d+", name) for name in names):
         return 'there is a GPU here that JAX does not use: pip install "jlora[cuda]", and unset JAX_PLATFORMS'

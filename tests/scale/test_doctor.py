@@ -63,6 +63,21 @@ def test_an_accelerator_that_is_not_used_is_named(tmp_path):
     assert "jlora[tpu]" in doctor.unused_accelerator(str(tmp_path))
 
 
+def test_a_tpu_behind_vfio_is_named(tmp_path):
+    dev, pci = tmp_path / "dev", tmp_path / "pci"
+    for number, maker in enumerate(("0x8086", "0x1ae0")):
+        (pci / f"0000:00:0{number}.0").mkdir(parents=True)
+        (pci / f"0000:00:0{number}.0" / "vendor").write_text(maker + "\n")
+    (dev / "vfio").mkdir(parents=True)
+    (dev / "vfio" / "vfio").write_text("")
+    saw = lambda: doctor.unused_accelerator(str(dev), str(pci))
+    assert saw() == ""  # Google's network card
+    (dev / "vfio" / "0").write_text("")
+    assert "jlora[tpu]" in saw()
+    (pci / "0000:00:01.0" / "vendor").write_text("0x10de\n")
+    assert saw() == ""
+
+
 def test_little_memory_is_said(tmp_path):
     told = tmp_path / "meminfo"
     told.write_text("MemTotal: 9000000 kB\nMemAvailable:    1048576 kB\n")
