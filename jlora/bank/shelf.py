@@ -15,7 +15,7 @@ from jlora.io.load import Pretrained
 class Held:
     """An adapter on the shelf. `version` counts the files put under a name: requests of an older one keep theirs.
 
-    `stamp`: what the file was like then, by which a file written over is told.
+    `stamp`: what its files were like then, by which one written over is told.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Shelf:
     def pin(self, held: Held | None) -> int:
         """The slot of an adapter, read from disk if need be, kept until `unpin`.
 
-        Raises BankFull without room, ValueError where the file is no longer the one that was offered.
+        Raises BankFull without room, ValueError where the files are no longer those that were offered.
         """
         if held is not None and held not in self.bank:
             for key in [k for k in self.bank.slots if isinstance(k, Held) and self.held.get(k.name) is not k]:
@@ -75,7 +75,7 @@ class Shelf:
         return self.bank.pin(held)
 
     def same(self, held: Held) -> None:
-        """Raises ValueError where the file is no longer the one that was offered."""
+        """Raises ValueError where the files are no longer those that were offered."""
         if stamp_of(held.folder) != held.stamp:
             raise ValueError(f"{held.folder} was written over since it was loaded as {held.name!r}: load it again")
 
@@ -85,9 +85,11 @@ class Shelf:
 
 
 def stamp_of(folder: Path) -> tuple[int, ...]:
-    """Number, size and time of the weights' file; () where there is none, which reading then says."""
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).exists():
-            stat = (folder / name).stat()
-            return stat.st_ino, stat.st_size, stat.st_mtime_ns
-    return ()
+    """Number, size and time of the settings' file (its alpha scales the weights) and of the weights'.
+
+    Of what is not there nothing, which reading then says.
+    """
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    files = [folder / "adapter_config.json", *[folder / name for name in weights if (folder / name).exists()][:1]]
+    stats = [file.stat() for file in files if file.exists()]
+    return tuple(part for stat in stats for part in (stat.st_ino, stat.st_size, stat.st_mtime_ns))

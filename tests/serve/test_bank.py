@@ -256,4 +256,9 @@ def test_a_shelf_reads_from_disk_and_keeps_versions(tmp_path):
     save_peft(tmp_path / "0", trees[1], jlora.LoraConfig(r=2, lora_alpha=3), base.tensors, "small")
     with pytest.raises(ValueError, match="0 was written over since it was loaded as 'later'"):
         shelf.pin(later)
+    settings = tmp_path / "1" / "adapter_config.json"
+    scaled = shelf.put("scaled", tmp_path / "1")
+    settings.write_text(settings.read_text().replace('"lora_alpha": 3', '"lora_alpha": 6'))
+    with pytest.raises(ValueError, match="1 was written over since it was loaded as 'scaled'"):
+        shelf.pin(scaled)
     assert shelf.pin(other)
