@@ -63,6 +63,7 @@ class Engine:
             raise ValueError(f"{base.source} has no tokenizer")
         if max_length < smallest:
             raise ValueError(f"max_length = {max_length}: at least {smallest}")
+        base.check(max_length, 0)
         self.base, self.max_length, self.most_waiting = base, max_length, queue
         # at least one adapter more than slots: a request is never kept waiting by the adapters of the others
         self.shelf = Shelf(base, AdapterBank(base.params, capacity=max(adapters, slots + 1), rank=rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from jlora.bank import AdapterBank
 from jlora.io.adapters import load_adapter
+from jlora.models.gpt2 import GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import truncate
 from jlora.serve import slots as slots_module
@@ -277,6 +279,13 @@ def test_stop_strings_and_limits(served):
     seeds = [Asked(engine, prompt, max_tokens=20, temperature=5.0, seed=seed, ignore_eos=True) for seed in (1, 1, 2)]
     a, b, c = (one.wait()[0] for one in seeds)
     assert a == b != c
+
+
+def test_a_cache_past_the_models_positions_is_refused(place):
+    base = dataclasses.replace(place[0], config=GPT2Config(15, 48, 32, 2, 4))
+    with pytest.raises(ValueError, match=r"has 48 positions.*set max_length to 48"):
+        Engine(base, max_length=64)
+    assert Engine(base, slots=1, max_length=48).max_length == 48
 
 
 def test_each_row_draws_under_its_own_truncation():
