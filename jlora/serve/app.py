@@ -66,6 +66,9 @@ class Server:
         self.began = int(time.time())
         # a Hugging Face tokenizer is not safe in several threads, and a long prompt must not hold up the others' tokens
         self.reader = ThreadPoolExecutor(1, "jlora-tokenizer")
+        self.reading = 0
+        # a text of known words cannot fit if it is longer than this
+        self.most_text = engine.max_length * max(map(len, engine.base.tokenizer.get_vocab()))
         self.loading = asyncio.Lock()
 
     def app(self) -> Any:
@@ -82,6 +85,7 @@ class Server:
             Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {BadRequest: refused, HTTPException: not_there, Exception: broken}
+        handlers[QueueFull] = self.full
         known = {route.path for route in routes}
         inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
 
@@ -129,18 +133,17 @@ class Server:
         return read_object(await read_body(http, self.limits.body, self.limits.body_seconds))
 
     async def answer(self, http: HTTPRequest, chat: bool) -> Any:
+        arrived = time.monotonic()
         body = await self.body(http)
         name, adapter = self.adapter(body)
         check_fields(body, chat)
         streaming, options = flag(body, "stream"), body.get("stream_options") or {}
         if not isinstance(options, dict):
             raise BadRequest("stream_options must be an object", "stream_options")
-        loop = asyncio.get_running_loop()
-        base = self.engine.base
-        tokens = await loop.run_in_executor(
-            self.reader, prompt_tokens, body, base.tokenizer, chat, base.config.vocab_size
-        )
+        left = lambda: self.limits.seconds - (time.monotonic() - arrived)
+        tokens = await self.tokens(body, chat, left())
         ask = ask_of(body, tokens, adapter, chat, self.engine.max_length)
+        loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def emit(event: Event) -> None:
@@ -148,10 +151,9 @@ class Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            request = self.engine.submit(ask, emit, self.limits.seconds)
-        except QueueFull as error:
-            said = error_json(str(error), "rate_limit_error", code="queue_full")
-            return JSONResponse(said, 429, {"Retry-After": str(self.engine.wait_seconds())})
+            request = self.engine.submit(ask, emit, left())
+        except QueueFull:
+            raise
         except RuntimeError as error:
             raise BadRequest(str(error), status=503) from None
         self.metrics.requests.labels(self.metrics.model(name)).inc()
@@ -161,13 +163,13 @@ class Server:
             watch.cancel()
             if not request.finish:
                 self.engine.cancel(request)
-            self.metrics.whole.observe(time.monotonic() - request.arrived)
+            self.metrics.whole.observe(time.monotonic() - arrived)
 
         out = Answer(name, chat, len(tokens))
         try:
             first = await events.get()  # before anything is sent: what fails now has a status
             self.check(first)
-            self.metrics.first.observe(time.monotonic() - request.arrived)
+            self.metrics.first.observe(time.monotonic() - arrived)
             if streaming:
                 usage = bool(options.get("include_usage"))
                 return EventStream(self.pieces(out, request, events, first, usage), close, self.limits.seconds + 60)
@@ -177,6 +179,25 @@ class Server:
             raise
         close()
         return JSONResponse(out.whole(text, request.finish or "stop", len(request.new)))
+
+    async def tokens(self, body: dict[str, Any], chat: bool, seconds: float) -> list[int]:
+        """The prompt's. Raises QueueFull while as many are read as have a place afterwards, BadRequest."""
+        base, most = self.engine.base, self.engine.most_waiting + len(self.engine.running)
+        if self.reading >= most:
+            raise QueueFull(f"{most} prompts are being read already: try again later")
+        loop, given = asyncio.get_running_loop(), (base.tokenizer, chat, base.config.vocab_size, self.most_text)
+        self.reading += 1
+        try:
+            async with asyncio.timeout(seconds):
+                return await loop.run_in_executor(self.reader, prompt_tokens, body, *given)
+        except TimeoutError:
+            raise BadRequest("out of time", status=408) from None
+        finally:
+            self.reading -= 1
+
+    def full(self, http: HTTPRequest, error: Exception) -> Response:
+        said = error_json(str(error), "rate_limit_error", code="queue_full")
+        return JSONResponse(said, 429, {"Retry-After": str(self.engine.wait_seconds())})
 
     def check(self, event: Event) -> None:
         """Raises BadRequest for an end that is no answer."""

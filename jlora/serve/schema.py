@@ -7,6 +7,7 @@ A field is read, or has a value that asks for nothing, or does not bear on the a
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -167,8 +168,21 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
     return out
 
 
-def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabulary: int) -> list[int]:
-    """The prompt's tokens, made as in training: a begin token only where the tokenizer adds one. Raises BadRequest."""
+def prompt_tokens(
+    body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabulary: int, most: float = math.inf
+) -> list[int]:
+    """The prompt's tokens, made as in training: a begin token only where the tokenizer adds one. Raises BadRequest.
+
+    most: characters of a text; a longer one is refused untokenised, which for a megabyte would take seconds.
+    """
+    name = "messages" if chat else "prompt"
+
+    def short(text: str) -> str:
+        if len(text) > most:
+            said = f"the prompt has {len(text)} characters; at most {most} can fit"
+            raise BadRequest(said, name, code="context_length_exceeded")
+        return text
+
     if chat:
         if not tokenizer.chat_template:
             raise BadRequest("this model has no chat template: use /v1/completions", "messages")
@@ -177,7 +191,7 @@ def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabular
             text = render(tokenizer, messages, prompt=True)
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
-        return text_ids(tokenizer, text)
+        return text_ids(tokenizer, short(text))
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
@@ -185,7 +199,7 @@ def prompt_tokens(body: Mapping[str, Any], tokenizer: Any, chat: bool, vocabular
         if not prompt or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
             raise BadRequest(f"prompt must be one text, or tokens from 0 to {vocabulary - 1}", "prompt")
         return prompt
-    return prompt_ids(tokenizer, text_of(prompt, "prompt"))
+    return prompt_ids(tokenizer, short(text_of(prompt, "prompt")))
 
 
 def ask_of(body: Mapping[str, Any], tokens: list[int], adapter: Any, chat: bool, room: int) -> Ask:

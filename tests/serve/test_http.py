@@ -14,6 +14,7 @@ import time
 import openai
 import pytest
 
+from jlora.serve import app
 from jlora.serve.app import Limits
 from jlora.serve.folders import Folders
 from jlora.serve.http import Protocol
@@ -102,6 +103,7 @@ BAD = [
     ({"model": "film", "prompt": ["a", "b"]}, 400, "one text"),
     ({"model": "film", "prompt": "\ud800"}, 400, "surrogate"),
     ({"model": "film", "prompt": "film " * 64}, 400, "at most 64 fit"),
+    ({"model": "film", "prompt": "film " * 200}, 400, "1000 characters; at most 768 can fit"),
     ({"model": "film", "prompt": PROMPT, "max_tokens": 63}, 400, "more than the 64"),
     ({"model": "film", "prompt": PROMPT, "max_tokens": 0}, 400, "whole number from 1"),
     ({"model": "film", "prompt": PROMPT, "max_tokens": True}, 400, "whole number"),
@@ -196,6 +198,8 @@ def test_bodies_that_are_none(served, client):
     assert served.http.get("/nothing").json()["error"]["message"].endswith("Not Found")
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="absent", prompt=PROMPT)
+    long = served.post("/v1/chat/completions", model="film", messages=[{"role": "user", "content": "a" * 1000}])
+    assert long.status_code == 400 and "at most 768 can fit" in long.json()["error"]["message"]
     messages = [[], [{"role": "x", "content": "a"}], [{"role": "user", "content": 3}], "a"]
     messages.append([{"role": "user", "content": [{"type": "image_url"}]}])
     for bad in messages:
@@ -367,6 +371,28 @@ def test_key_queue_and_time(place, monkeypatch):
         refused = next(a for a in answers if a.status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
     finally:
+        served.close()
+
+
+def test_prompts_that_are_read_are_bounded_and_on_time(place, monkeypatch):
+    served = Served(*place, limits=Limits(seconds=2.0), slots=1, queue=1)
+    over, answers = threading.Event(), []
+    ask = lambda: answers.append(served.post("/v1/completions", model="film", prompt=PROMPT))
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "prompt_tokens", lambda *_: over.wait(60))
+            for thread in threads:
+                thread.start()
+            until(lambda: len(answers) == 3)
+            assert {answer.json()["error"]["code"] for answer in answers} == {"queue_full"}
+            for thread in threads:
+                thread.join()
+        assert [answer.status_code for answer in answers] == [429] * 3 + [408] * 2
+        over.set()
+        assert served.post("/v1/completions", model="film", prompt="").status_code == 400  # it reads again
+    finally:
+        over.set()
         served.close()
 
 
