@@ -168,7 +168,9 @@ def tokenizer_of(reader: Any) -> Any:
         raise ValueError("a merge of the GGUF file's tokenizer is not two tokens with a space between")
     pre = get("tokenizer.ggml.pre", str, "default")
     try:
-        bpe = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
+        vocabulary = {token: n for n, token in enumerate(tokens)}
+        # of Llama 3 a word that is a token is that token, whatever its merges
+        bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the library raises plain Exception, for a merge of what is no token
         raise ValueError(f"the GGUF file's merges do not fit its tokens: {one_line(error)}") from None
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("smollm", "gpt-2", "default"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,14 @@ def test_a_begin_token_is_added_where_llama_cpp_would(pre, told, begins, tmp_pat
     assert words("ab", "c")["input_ids"] == [*begin, 5, *begin, 4]
     assert words("ab", add_special_tokens=False)["input_ids"] == [5]
     assert words.bos_token == "<s>"
+
+
+@pytest.mark.parametrize("pre, tokens", [("llama-bpe", [7]), ("qwen2", [3, 4])])
+def test_a_word_of_llama_3_that_is_a_token_is_never_split(pre, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", [*WORDS[:-1], "bc"])  # which no merge makes
+    write(tmp_path / "m.gguf", "F32", pre=pre)
+    words = load(str(tmp_path / "m.gguf"), weights=False).tokenizer
+    assert words("bc", add_special_tokens=False)["input_ids"] == tokens
 
 
 def test_damaged_files_are_refused(tmp_path):
