@@ -24,6 +24,7 @@ from jlora.io.patterns import Patterns
 from jlora.io.peft import MAGNITUDE, PREFIX, ROWS, module_of, save_peft
 from jlora.io.tensors import finite, some
 from jlora.io.text import one_line
+from jlora.io.tied import without_copies
 from jlora.io.whole import misfit, stacked, weights_of, whole_of
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, Together, is_adapter
@@ -35,6 +36,8 @@ from jlora.models.tensors import HFTensor
 from jlora.tree import path_of, paths
 
 OTHER = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the names of PEFT's inits begin that take the factors out of the base, each time an adapter is loaded."""
 KINDS = (*OTHER, *OTHER.values(), MAGNITUDE, ROWS)
 
 
@@ -54,6 +57,12 @@ def read_config(folder: str | Path) -> LoraConfig:
     for name in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
         if held.get(name):
             raise ValueError(f"{path}: {name} is not read here: {held[name]!r:.60}")
+    init = held.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
+        raise ValueError(
+            f"{path}: the factors stand on a base that {init!r:.40} changed: save them again by PEFT's save_pretrained "
+            "with path_initial_model_for_weight_conversion, which makes them factors of the plain base"
+        )
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"init_lora_weights"}
     try:
         return LoraConfig(**{name: held[name] for name in fields & set(held) if held[name] is not None})
@@ -108,8 +117,9 @@ def load_peft(
     Full modules and biases of the file are whole trained leaves, in the file's values.
     Raises ValueError listing tensors that have no place in the model, or whose shape does not fit it.
     """
-    config, arrays, where = read_config(folder), read_arrays(folder), Path(folder) / "adapter_config.json"
-    found = Reading(config, adapter_json(folder), arrays, paths(params, is_implicit), where)
+    config, settings, where = read_config(folder), adapter_json(folder), Path(folder) / "adapter_config.json"
+    arrays = without_copies(read_arrays(folder), tensors, settings, where)
+    found = Reading(config, settings, arrays, paths(params, is_implicit), where)
     by_name = {tensor.name: tensor for tensor in tensors}
     by_module = {module_of(t): t for t in tensors if t.name.endswith(".weight")}
     wrong = []

@@ -18,6 +18,7 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.io.beside import put_all
+from jlora.io.tied import copies
 from jlora.lora import LoraFactors, is_adapter
 from jlora.methods.dora import DoraFactors
 from jlora.methods.token_rows import TokenRows
@@ -94,14 +95,17 @@ def save_peft(
         if isinstance(entry, DoraFactors):
             arrays[f"{PREFIX}{name}.{MAGNITUDE}"] = np.ascontiguousarray(row(entry.magnitude))
         factors[name] = pair
+    tied = copies({name.removeprefix(PREFIX): x for name, x in arrays.items()}, tensors)
+    arrays |= {PREFIX + name: x for name, x in tied.items()}
     written = config_of(config, factors, whole, found, tensors)
     if written["modules_to_save"]:  # under the names asked for; PEFT adds a classifier's by itself
         known = [*config.modules_to_save, *(["classifier", "score"] if task == "SEQ_CLS" else [])]
         meant = lambda module: next((name for name in known if f".{name}." in f".{module}."), module)
         written["modules_to_save"] = sorted({meant(module) for module in written["modules_to_save"]})
     written |= {"task_type": task, "base_model_name_or_path": base, "revision": revision}
-    if rows:  # readers of older PEFT choke on keys they do not know: only where it is used
-        written["trainable_token_indices"] = rows
+    # readers of older PEFT choke on keys they do not know: only where they are used
+    written |= {"trainable_token_indices": rows} if rows else {}
+    written |= {"ensure_weight_tying": True} if tied else {}
     put_adapter(folder, arrays, card_text(base, written, card or {}), written)
     return folder
 
@@ -168,6 +172,11 @@ def refused_by_vllm(written: Mapping[str, Any]) -> list[str]:
     reasons["modules_to_save"] = bool(written["modules_to_save"])
     merged = "`jlora merge` writes a plain model that it serves"
     said = [f"vLLM refuses adapters with {name}: {merged}." for name, there in reasons.items() if there]
+    ranks, alphas = written["rank_pattern"], written["alpha_pattern"]
+    root = math.sqrt if written["use_rslora"] else float
+    scale = lambda name: alphas.get(name, written["lora_alpha"]) / root(ranks.get(name, written["r"]))
+    if not all(math.isclose(scale(name), scale("")) for name in {*ranks, *alphas}):
+        said.append(f"vLLM scales all modules alike, by lora_alpha and r, and these differ: {merged}.")
     highest = max([written["r"], *written["rank_pattern"].values()])
     return said + ([f"vLLM needs --max-lora-rank {highest} for this rank."] if highest > 16 else [])
 

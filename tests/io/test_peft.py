@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jlora
-from jlora.io.adapters import load_peft
+from jlora.io.adapters import load_peft, read_arrays
 from jlora.io.peft import save_peft
 from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 
@@ -44,8 +45,7 @@ def test_read_back_bit_for_bit(name, scan, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-# not the embedding: PEFT leaves the tied head without the adapter, jlora adapts the weight wherever it is used
-@pytest.mark.parametrize("name", [name for name in CASES if name != "embedding"])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("default")  # peft's own
 def test_peft_gives_the_same_logits(name, tmp_path):
     torch = pytest.importorskip("torch")
@@ -81,6 +81,49 @@ def test_the_config_says_what_was_trained(tmp_path):
     assert config["rank_pattern"] == {f"model.layers.{n}.self_attn.k_proj": 2 for n in range(3)}
     assert config["alpha_pattern"] == {f"model.layers.{n}.self_attn.o_proj": 32.0 for n in range(3)}
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "v1")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_table_that_is_the_head_is_written_twice_and_read_only_so(whole, tmp_path):
+    options = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]} if whole else CASES["embedding"]
+    _, tensors, settings, frozen, lora = adapter(True, options)
+    params = jlora.merge(frozen, lora)
+    save_peft(tmp_path, lora, settings, tensors, "base")
+    held, path = read_arrays(tmp_path), tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["ensure_weight_tying"] is True
+    copy = "lm_head.weight" if whole else "lm_head.lora_A.weight"
+    twin = held["model.embed_tokens.weight"] if whole else held["model.embed_tokens.lora_embedding_B"].T
+    np.testing.assert_array_equal(held[copy], twin)
+    path.write_text(json.dumps({**config, "ensure_weight_tying": False}))
+    with pytest.raises(ValueError, match=r"model\.embed_tokens is the head of this model too, and PEFT adapted it as"):
+        load_peft(tmp_path, params, tensors)
+    path.write_text(json.dumps(config))
+    save_file({**held, copy: held[copy] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"{copy} has no place in the model"):
+        load_peft(tmp_path, params, tensors)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "gaussian", True, "eva"])
+def test_factors_of_a_changed_base_are_refused(init, tmp_path):
+    _, tensors, settings, frozen, lora = adapter(True, CASES["q and v"])
+    save_peft(tmp_path, lora, settings, tensors, "base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": init}))
+    if init in ("gaussian", True, "eva"):
+        load_peft(tmp_path, frozen, tensors)
+        return
+    with pytest.raises(
+        ValueError, match=f"on a base that '{init}' changed: .*path_initial_model_for_weight_conversion"
+    ):
+        load_peft(tmp_path, frozen, tensors)
+
+
+@pytest.mark.parametrize("patterns, alike", [({"rank_pattern": {"v_proj": 2}}, False), ({}, True)])
+def test_the_card_says_what_vllm_would_scale_wrongly(patterns, alike, tmp_path):
+    _, tensors, settings, _, lora = adapter(True, {**CASES["q and v"], **patterns})
+    save_peft(tmp_path, lora, settings, tensors, "base")
+    assert ("vLLM scales all modules alike" in (tmp_path / "README.md").read_text()) is not alike
 
 
 def test_another_model_is_refused(tmp_path):
