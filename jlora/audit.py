@@ -16,7 +16,7 @@ import jax
 from jlora.leaves import is_implicit
 from jlora.tree import nbytes, paths
 
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?(\w+)\[([\d,]*)\][^ (]*(?:, [^()]*\))? ([\w\-]+)\((.*)$")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \(?(\w+)\[([\d,]*)\](?:\{[^}]*\})?(?:, .*?\))? ([\w\-]+)\((.*)$")
 """Of a tuple of results, as a library's product with its workspace has, the first."""
 LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|conv)[^"]*"', re.IGNORECASE)
 """What stands for a product in a program for GPUs: "__cublas$gemm", "__cublas$lt$matmul", "__cudnn$convForward"."""

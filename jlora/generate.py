@@ -87,7 +87,7 @@ def read(model: Any, room: int, params: Any, tokens: jax.Array, mask: jax.Array)
     """(logits f32 [b, v] after prompts i32 [b, p], mask [b, p]; their cache, with room for new tokens)."""
     with attending(fitting("any")):
         logits, cache = forward(model, params, tokens, mask, model.init_cache(*tokens.shape))
-    size = tokens.shape[1] + room
+    size = cache["mask"].shape[-1] + room  # a prefix has columns of its own before the prompt
     kv = jax.tree.map(lambda x: to_length(x, -2, size), cache["kv"])
     return logits, {**cache, "kv": kv, "mask": to_length(cache["mask"], -1, size)}
 
@@ -154,14 +154,20 @@ def generate(
     return [row[keep].tolist() for row, keep in zip(np.asarray(new), np.asarray(real), strict=True)]
 
 
+def most_tokens(model: Any) -> int | None:
+    """How many tokens a table of positions has rows for (GPT-2's), less the columns of a prefix; None: no table."""
+    inner, columns = getattr(model, "model", model), getattr(model, "n", 0)
+    rows = getattr(getattr(inner, "config", None), "n_positions", None)
+    return None if rows is None else rows - columns
+
+
 def within_positions(model: Any, prompt: int, new: int) -> None:
-    """Raises ValueError for more tokens than a table of positions has rows (GPT-2): what is read past it is NaN."""
-    inner, columns = getattr(model, "model", model), getattr(model, "n", 0)  # a prefix takes positions too
-    most = getattr(getattr(inner, "config", None), "n_positions", None)
-    if most is not None and columns + prompt + new > most:
+    """Raises ValueError for more tokens than the model has positions: what is read past them is NaN."""
+    most = most_tokens(model)
+    if most is not None and prompt + new > most:
         raise ValueError(
-            f"{columns + prompt} prompt tokens and {new} new ones are more than the model's {most} positions: "
-            "shorten the prompt or lower max_new_tokens"
+            f"{prompt} prompt tokens and {new} new ones are more than the model's {most} positions: shorten the prompt "
+            "or lower max_new_tokens"
         )
 
 

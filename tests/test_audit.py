@@ -135,6 +135,18 @@ GPU = """
 """  # noqa: E501
 
 
+TPU = """
+  %dot.1 = f32[24,40]{1,0:T(8,128)} dot(f32[24,56]{1,0:T(8,128)} %x, f32[56,40]{1,0:T(8,128)} %ct)
+  ROOT %convolution.2 = bf16[40,24]{1,0:T(8,128)(2,1)S(1)} convolution(bf16[40,56]{1,0} %ct, bf16[56,24]{1,0} %x)
+  %other.3 = (f32[24,40]{1,0:T(8,128)}, s32[]{:T(128)}) sort(f32[24,40]{1,0:T(8,128)} %w)
+"""
+
+
+def test_products_of_a_program_for_tpus_are_seen():
+    first, second = in_program(TPU, {"w": jnp.ones((24, 40))})
+    assert "[24, 40]" in first and "[40, 24]" in second
+
+
 def test_a_library_call_of_a_program_for_gpus_is_a_product():
     (problem,) = in_program(GPU, {"w": jnp.ones((24, 40))})
     assert problem.startswith("a product of the shape of w [24, 40]: its gradient")

@@ -141,8 +141,9 @@ class AdapterBank:
             raise ValueError("None is the base without an adapter: give the adapter a name")
         entries = self.checked(key, lora)
         rank = max((entry.lora_a.shape[-1] for entry in entries.values()), default=1)
-        # until all is written the adapter is not here: what breaks off on the way leaves a free slot
-        slot = self.slots.pop(key) if key in self.slots else self.free_slot()
+        slot = self.slots[key] if key in self.slots else self.free_slot()
+        if key not in self.pins:  # until all is written it is not here: what breaks off on the way leaves a free slot
+            self.slots.pop(key, None)
         wide = self.rank
         while wide < rank:
             wide *= 2
@@ -153,6 +154,7 @@ class AdapterBank:
         for path, held in self.factors.items():
             self.factors[path] = self.written(held, entries.get(path), slot)
         self.slots[key] = slot
+        self.slots.move_to_end(key)
         return slot
 
     def remove(self, key: Hashable) -> None:
@@ -231,7 +233,8 @@ class AdapterBank:
             a, b = (np.zeros((*x.shape[:at], rank, *x.shape[at + 1 :]), np.float32) for x in (held.a, held.b))
         else:
             a, b, _ = parts_of(entry, rank)
-        start = jnp.asarray(slot * rank, jnp.int32)
+        # on the device before either is written, as a written array is given away
+        a, b, start = (jnp.asarray(x) for x in (a, b, np.int32(slot * rank)))
         return dataclasses.replace(held, a=write(held.a, a, start, at), b=write(held.b, b, start, at))
 
 

@@ -191,7 +191,8 @@ def opened(
 ) -> tuple[Checkpoints, TrainState]:
     """(checkpoints, state): the state to go on from where the run is resumed, and `batches` put there too."""
     identity = {**run_identity(config), "data_digest": data}
-    checkpoints = Checkpoints(f"{config.output}/checkpoints", identity, before=publish)
+    defaults = run_identity(TrainConfig(config.model, config.data))
+    checkpoints = Checkpoints(f"{config.output}/checkpoints", identity, before=publish, defaults=defaults)
     loose = [name for name in identity if name not in FIXED] if config.force else []
     found = checkpoints.restore(state, allow=loose) if config.resume else None
     if found is None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from jlora.commands.settings import say
 from jlora.data import Row
-from jlora.generate import GenerateConfig, generate_text
+from jlora.data.tokens import prompt_ids
+from jlora.generate import GenerateConfig, generate_text, most_tokens
 from jlora.io import Pretrained
 from jlora.train.loop import Interrupted, Stop
 from jlora.train.metrics import text_metric
@@ -41,9 +42,17 @@ def write(
         if stop():
             raise Interrupted
         some = list(prompts[n : n + batch])
-        texts += [t.strip() for t in generate_text(base.model, params, base.tokenizer, some, how)]
+        asked = prompts_of(base, some, max_new_tokens)
+        texts += [t.strip() for t in generate_text(base.model, params, base.tokenizer, asked, how)]
     say(f"{len(texts)} answers written; the first: {texts[0]!r}")
     return texts
+
+
+def prompts_of(base: Pretrained, texts: Sequence[str], new: int) -> list[list[int]]:
+    """The prompts' tokens; where the model has fewer positions than they and `new` take, the last of them, as in
+    training."""
+    most, rows = most_tokens(base.model), [prompt_ids(base.tokenizer, text) for text in texts]
+    return rows if most is None else [row[-max(most - new, 1) :] for row in rows]
 
 
 def short(name: str) -> str:

@@ -108,7 +108,8 @@ def load(
         hub = read_json(path / "config.json")
         kind = family(str(hub.get("model_type", "none"))[:80])
         config = checked_config(kind.config, hub, path / "config.json")
-        tokenizer, stored, stops = folder_tokenizer(path), None, stops_of(path, hub, config.vocab_size)
+        tokenizer, stored = folder_tokenizer(path), None
+        stops = stops_of(path, hub, config.vocab_size, tokenizer)
     else:
         from jlora.io.gguf import read_gguf, tokenizer_of
 
@@ -218,9 +219,10 @@ def folder_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
 
 
-def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int) -> tuple[int, ...]:
+def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json: a number or several. Numbers past the vocabulary,
-    which small copies of a model keep, are left out. Raises ValueError for anything else."""
+    which small copies of a model keep, are left out, and of config.json, whose number may be no more than its class's
+    default, those of plain tokens. Raises ValueError for anything else."""
     file = folder / "generation_config.json"
     found = read_json(file).get("eos_token_id") if file.exists() else None
     if found is None:
@@ -228,7 +230,8 @@ def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int) -> tuple[int
     many = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(n) is int for n in many):
         raise ValueError(f"{file}: eos_token_id {str(found)[:40]} is no token's number, nor a list of them")
-    return tuple(n for n in many if 0 <= n < vocabulary)
+    special = {n for n, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    return tuple(n for n in many if 0 <= n < vocabulary and (file.name != "config.json" or n in special))
 
 
 def folder_source(folder: Path, needed: bool = True) -> Source:

@@ -75,6 +75,7 @@ class Engine:
         self.rows, self.how = np.zeros(slots, np.int32), [Ask((0,))] * slots
         self.placed: Any = None  # active, rows and settings on the device, as long as nobody comes or goes
         self.waiting: collections.deque[Request] = collections.deque()
+        self.admitting: Request | None = None  # in neither of the two, but not to be forgotten
         self.commands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self.changed, self.stopping, self.failed = threading.Condition(), False, ""
         self.ends = frozenset(base.ends)
@@ -210,12 +211,16 @@ class Engine:
         while None in self.running and len(group) < self.together:
             with self.changed:
                 request = self.waiting[0] if self.waiting else None
-            if request is None or (group and self.prompt_bucket(request) != self.prompt_bucket(self.running[group[0]])):
-                break
+                if not request or (group and self.prompt_bucket(request) != self.prompt_bucket(self.running[group[0]])):
+                    break
+                self.admitting = self.waiting.popleft()
             slot, ask = self.running.index(None), request.ask
             try:
                 row = self.shelf.pin(ask.adapter)
             except BankFull:
+                with self.changed:
+                    self.waiting.appendleft(request)
+                self.admitting = None
                 break
             except (ValueError, OSError) as error:  # the folder has gone or changed since it was offered
                 self.refuse(request, str(error))
@@ -225,8 +230,7 @@ class Engine:
             else:
                 self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
                 group.append(slot)
-            with self.changed:  # not before it is running or over: it must not be forgotten
-                self.waiting.popleft()
+            self.admitting = None
         if group:
             self.read(group)
 
@@ -305,7 +309,7 @@ class Engine:
     def abandon(self, finish: Any, message: str) -> None:
         with self.changed:
             self.stopping = True
-        for request in [*self.waiting, *filter(None, self.running)]:
+        for request in [*filter(None, [self.admitting, *self.running]), *self.waiting]:
             if not request.finish:
                 request.end(finish, message=message)
         for _, future in self.commands:

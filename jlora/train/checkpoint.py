@@ -41,14 +41,20 @@ class Checkpoints:
     """`folder`/STEP/: arrays of the `TrainState` by key path, and JSON {position, run, bits, sum}.
 
     `run` is what must not change between a run and its resumption; a difference is refused with both values shown.
+    `defaults`: what it means that a record, of an older version, says nothing of a value.
     `before` is called at the start of every save: what must not lag behind a checkpoint is written down there.
     """
 
     def __init__(
-        self, folder: str | Path, run: dict[str, Any], keep: int = 2, before: Callable[[], None] = lambda: None
+        self,
+        folder: str | Path,
+        run: dict[str, Any],
+        keep: int = 2,
+        before: Callable[[], None] = lambda: None,
+        defaults: Mapping[str, Any] | None = None,
     ):
         self.folder, self.before = epath.Path(folder).absolute(), before  # gs:// too
-        self.run = json.loads(json.dumps(run))
+        self.run, self.defaults = json.loads(json.dumps(run)), json.loads(json.dumps(dict(defaults or {})))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -90,10 +96,11 @@ class Checkpoints:
             if meta.pop("sum", None) not in (None, sum_of(meta)):
                 raise Damaged("its record of the run is not what was saved")
             meta = {"position": meta["position"], "run": dict(meta["run"]), "bits": meta.get("bits")}
+        was = {**self.defaults, **meta["run"]}
         changed = [
-            f"{key}: {meta['run'].get(key)!r} -> {self.run.get(key)!r}"
-            for key in sorted({*meta["run"], *self.run})
-            if meta["run"].get(key) != self.run.get(key) and key not in allow
+            f"{key}: {was.get(key)!r} -> {self.run.get(key)!r}"
+            for key in sorted({*was, *self.run})
+            if was.get(key) != self.run.get(key) and key not in allow
         ]
         if changed:
             raise ValueError(f"{self.folder} holds another run ({'; '.join(changed)}): resume with its settings")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
+from jlora.commands.written import prompts_of
 from jlora.generate import GenerateConfig, generate, pad_left
 from jlora.io import load
 from jlora.methods.columns import Prefixed
 from jlora.models.gpt2 import GPT2, GPT3, GPT2Config, hf_tensors
 from jlora.tree import paths, size
+from tests.data.test_batches import CharTokenizer
 
 SIZES = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4}
 SIZES |= {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.3}
@@ -110,8 +114,16 @@ def test_more_tokens_than_positions_are_refused():
     tokens, mask = pad_left([[5] * 30])
     (new,) = generate(model, params, tokens, mask, GenerateConfig(max_new_tokens=10))
     assert len(new) == 10
-    told = "{} prompt tokens and {} new ones are more than the model's 40 positions: .* lower max_new_tokens"
-    with pytest.raises(ValueError, match=told.format(30, 11)):
+    told = "{} prompt tokens and {} new ones are more than the model's {} positions: .* lower max_new_tokens"
+    with pytest.raises(ValueError, match=told.format(30, 11, 40)):
         generate(model, params, tokens, mask, GenerateConfig(max_new_tokens=11))
-    with pytest.raises(ValueError, match=told.format(32, 10)):
+    with pytest.raises(ValueError, match=told.format(30, 10, 38)):
         generate(Prefixed(model, 2, 61, 1), params, tokens, mask, GenerateConfig(max_new_tokens=10))
+
+
+def test_prompts_of_a_run_are_cut_on_the_left_to_the_positions():
+    base = types.SimpleNamespace(model=GPT2(GPT2Config(61, n_positions=40)), tokenizer=CharTokenizer())
+    (row,) = prompts_of(base, ["x" * 50 + "ab"], 8)
+    assert len(row) == 32 and row[-2:] == [ord("a"), ord("b")]
+    base.model = Prefixed(base.model, 2, 61, 1)
+    assert [len(row) for row in prompts_of(base, ["x" * 50, "ab"], 8)] == [30, 2]

@@ -262,3 +262,24 @@ def test_a_shelf_reads_from_disk_and_keeps_versions(tmp_path):
     with pytest.raises(ValueError, match="1 was written over since it was loaded as 'scaled'"):
         shelf.pin(scaled)
     assert shelf.pin(other)
+
+
+def test_what_breaks_off_between_two_writes_leaves_the_others_whole(made, monkeypatch):
+    _, params, adapters = made
+    bank = AdapterBank(params, capacity=3, rank=8)
+    bank.add("a", adapters["a"])
+    want = bank.merged(params, "a")
+    real, calls = jnp.asarray, []
+
+    def short(x, *args, **kwargs):
+        calls.append(x)
+        if len(calls) == 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(bank_module.jnp, "asarray", short)
+    with pytest.raises(RuntimeError, match="EXHAUSTED"):
+        bank.add("b", adapters["b"])
+    monkeypatch.undo()
+    assert "b" not in bank
+    jax.tree.map(np.testing.assert_array_equal, bank.merged(params, "a"), want)

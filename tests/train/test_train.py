@@ -328,3 +328,17 @@ def test_force_allows_what_it_names_and_no_more(tmp_path):
     with pytest.raises(ValueError, match="rank: 4 -> 8"):
         other.restore(init_state(PARAMS, tx), allow=["rate"])
     other.close()
+
+
+def test_what_a_record_does_not_say_was_the_default(tmp_path):
+    tx = optax.sgd(0.1)
+    saved = Checkpoints(tmp_path, {"rank": 4})
+    saved.save(init_state(PARAMS, tx), {})
+    saved.close()
+    again = Checkpoints(tmp_path, {"rank": 4, "newer": 1}, defaults={"newer": 1})
+    assert again.restore(init_state(PARAMS, tx)) is not None
+    again.close()
+    other = Checkpoints(tmp_path, {"rank": 4, "newer": 2}, defaults={"newer": 1})
+    with pytest.raises(ValueError, match="newer: 1 -> 2"):
+        other.restore(init_state(PARAMS, tx))
+    other.close()
