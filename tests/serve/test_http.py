@@ -375,7 +375,7 @@ def test_key_queue_and_time(place, monkeypatch):
 
 
 def test_prompts_that_are_read_are_bounded_and_on_time(place, monkeypatch):
-    served = Served(*place, limits=Limits(seconds=2.0), slots=1, queue=1)
+    served = Served(*place, limits=Limits(seconds=5.0), slots=1, queue=1)
     over, answers = threading.Event(), []
     ask = lambda: answers.append(served.post("/v1/completions", model="film", prompt=PROMPT))
     threads = [threading.Thread(target=ask) for _ in range(5)]
