@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,14 @@ def load(
     except (TypeError, ValueError, ArithmeticError) as error:  # whichever operation meets sizes that do not fit
         raise ValueError(f"{path}: the model of its config cannot be made: {one_line(error)}") from None
     params, fresh = shapes if quantise is None else quantised(shapes, quantise, layouts=layouts_of(tensors)), []
-    if head in JUDGING:
-        stored, fresh = with_head(stored or folder_source(path, weights), tensors, shapes)
-    if weights:
-        stored = stored or folder_source(path)
-        made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
-        params = build(shapes, tensors, stored, sharding=sharding, optional=unread(kind, config, stored), made=made)
+    if weights or head in JUDGING:
+        stored = renamed(stored or folder_source(path, weights), tensors, kind.prefix)
+        if head in JUDGING:
+            stored, fresh = with_head(stored, tensors, shapes)
+        if weights:
+            made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
+            spare = unread(kind, config, stored)
+            params = build(shapes, tensors, stored, sharding=sharding, optional=spare, made=made)
     folder = path if path.is_dir() else None
     name, revision = hub_id(source, revision)
     return Pretrained(model, params, config, tokenizer, name, tensors, folder, tuple(fresh), revision, stops)
@@ -245,6 +248,21 @@ def folder_source(folder: Path, needed: bool = True) -> Source:
     from jlora.io.torchfile import bin_source
 
     return bin_source(folder)
+
+
+def renamed(source: Source, tensors: Sequence[HFTensor], prefix: str) -> Source:
+    """`source` under the names of `tensors`. LayerNorms of the first BERTs have a gamma and a beta; a base model is
+    stored with `prefix` where it was saved under a head, and without where it was not."""
+    wanted = {tensor.name for tensor in tensors}
+    stored = {name: name for name in source.shapes}
+    for name in source.shapes:
+        now = re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
+        spelt = (now, prefix + now, now.removeprefix(prefix))
+        new = next((n for n in spelt if n in wanted and n not in stored), None)
+        if new and name not in wanted:
+            stored[new] = stored.pop(name)
+    shapes = {name: source.shapes[was] for name, was in stored.items()}
+    return dataclasses.replace(source, shapes=shapes, read=lambda name, index: source.read(stored[name], index))
 
 
 def unread(kind: Any, config: Any, source: Source) -> list[str]:

@@ -14,6 +14,8 @@ FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "b
 FAMILIES |= {"gpt2": ("jlora.models.gpt2", "GPT2Config", "GPT2")}
 FAMILIES |= {"gemma3_text": ("jlora.models.gemma", "GemmaConfig", "Gemma")}
 FAMILIES |= {"deberta-v2": ("jlora.models.deberta", "DebertaConfig", "Deberta")}
+PREFIXES = {"bert": "bert.", "roberta": "roberta.", "gpt2": "transformer.", "deberta-v2": "deberta."}
+"""Of a base model's tensors on the Hub, where it is not "model."."""
 
 
 class Family(NamedTuple):
@@ -24,6 +26,8 @@ class Family(NamedTuple):
     hf_tensors: Callable[..., list[HFTensor]]
     unread: Callable[..., list[str]] | None
     """(config, names in the checkpoint) -> those that may be there unread; None: there are none."""
+    prefix: str
+    """Of the base model's tensors, in a checkpoint of the model with a head."""
 
 
 def family(model_type: str) -> Family:
@@ -32,4 +36,5 @@ def family(model_type: str) -> Family:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     where, config, model = FAMILIES[model_type]
     module = importlib.import_module(where)
-    return Family(getattr(module, config), getattr(module, model), module.hf_tensors, getattr(module, "unread", None))
+    unread, prefix = getattr(module, "unread", None), PREFIXES.get(model_type, "model.")
+    return Family(getattr(module, config), getattr(module, model), module.hf_tensors, unread, prefix)

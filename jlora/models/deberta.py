@@ -345,7 +345,7 @@ def hf_tensors(config: DebertaConfig, scan_layers: bool = True, head: str = "non
                 out += dense_tensors(hub + at.replace("/", "."), f"{where}/{at}", layer)
         for name in ("attention/output/LayerNorm", "output/LayerNorm"):
             out += norm_tensors(hub + name.replace("/", "."), f"{where}/{name}", layer)
-    if head in ("classify", "regress"):
+    if head in ("pooled", "classify", "regress"):
         out += dense_tensors("pooler.dense", "pooler/dense")
     return out + head_tensors(head, config.model_type)
 
