@@ -351,6 +351,8 @@ def hf_tensors(config: DebertaConfig, scan_layers: bool = True, head: str = "non
 
 
 def unread(config: DebertaConfig, names: Iterable[str]) -> list[str]:
-    """What a checkpoint may hold beside: buffers and other heads."""
+    """What a checkpoint may hold beside: buffers, other heads, leftovers of v3's training."""
     heads = ("cls.", "lm_predictions.", "mask_predictions.", "classifier.", "pooler.")
-    return [n for n in names if n.startswith(heads) or n.endswith("embeddings.position_ids")]
+    ends = ("embeddings.position_ids", "_embeddings._weight")
+    ends += () if config.position_biased_input else ("embeddings.position_embeddings.weight",)
+    return [n for n in names if n.startswith(heads) or n.endswith(ends)]

@@ -31,7 +31,9 @@ CASES.remove(("gpt2", None, True))  # as it is written here
 BESIDE = {
     "bert": ["bert.pooler.dense.weight", "bert.embeddings.position_ids", "cls.predictions.transform.LayerNorm.gamma"],
     "roberta": ["roberta.pooler.dense.weight", "roberta.embeddings.position_ids", "lm_head.decoder.weight"],
-    "deberta-v2": ["deberta.embeddings.position_ids", "lm_predictions.lm_head.bias", "mask_predictions.dense.weight"],
+    "deberta-v2": ["deberta.embeddings.position_ids", "lm_predictions.lm_head.bias", "mask_predictions.dense.weight"]
+    + [f"deberta.embeddings.{name}_embeddings._weight" for name in ("word", "position")]
+    + ["deberta.embeddings.position_embeddings.weight"],
     "gpt2": ["h.0.attn.bias", "h.1.attn.masked_bias", "lm_head.weight"],
 }
 """What files of a family hold, wanted or not."""
