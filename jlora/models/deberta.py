@@ -52,10 +52,13 @@ class DebertaConfig:
     @classmethod
     def from_hf(cls, hub: Mapping[str, Any]) -> DebertaConfig:
         """From a `config.json`. Raises ValueError for a field whose value changes results and is not supported."""
-        only = {"relative_attention": True, "talking_head": False, "attention_head_size": None, "legacy": True}
+        only = {"relative_attention": True, "talking_head": False, "legacy": True}
         for name, value in only.items():
             if hub.get(name, value) != value:
                 raise ValueError(f"{name} {hub[name]!r} is not supported in deberta-v2: {value!r} is")
+        size = hub.get("attention_head_size")
+        if size is not None and size != hub["hidden_size"] // hub["num_attention_heads"]:
+            raise ValueError(f"attention_head_size {size!r} is not supported: hidden_size / num_attention_heads is")
         if hub.get("embedding_size", hub["hidden_size"]) != hub["hidden_size"]:
             raise ValueError(f"embedding_size {hub['embedding_size']} other than hidden_size is not supported")
         check_activations(hub, "hidden_act", "conv_act", "pooler_hidden_act")

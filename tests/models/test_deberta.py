@@ -103,6 +103,10 @@ def test_every_activation_that_is_taken_is_carried_out():
 def test_what_changes_results_is_refused():
     with pytest.raises(ValueError, match="relative_attention False is not supported"):
         DebertaConfig.from_hf({**SIZES, "relative_attention": False})
+    with pytest.raises(ValueError, match="attention_head_size 16 is not supported: hidden_size / num_attention_heads"):
+        DebertaConfig.from_hf({**SIZES, "attention_head_size": 16})
+    for same in (None, 8):  # v2 xlarge's config says it, as hidden_size / num_attention_heads
+        assert DebertaConfig.from_hf({**SIZES, "attention_head_size": same}) == DebertaConfig.from_hf(SIZES)
     for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
         with pytest.raises(ValueError, match=f"{name} 'mish' is not supported: gelu, .*tanh are"):
             DebertaConfig.from_hf({**SIZES, name: "mish"})
