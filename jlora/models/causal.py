@@ -6,6 +6,7 @@ Axes: b batch, s sequence, t keys (the cache's length, or s), h query heads, g k
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,12 @@ INPUT = "layer input"
 def layer_input(x: jax.Array) -> jax.Array:
     """x, under the name that `stacked` knows it by."""
     return checkpoint_name(x, INPUT)
+
+
+def check_causal(hub: Mapping[str, Any]) -> None:
+    """Raises ValueError for a `config.json` that makes its decoder see what follows (transformers from 5.2 on)."""
+    if not hub.get("is_causal", True):
+        raise ValueError(f"is_causal {hub['is_causal']!r} is not supported in a decoder: True is")
 
 
 def causal_inputs(

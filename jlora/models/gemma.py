@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight
-from jlora.models.causal import attended, causal_inputs, empty_cache, layer_input, stacked, through, tied_head, written
+from jlora.models.causal import (
+    attended,
+    causal_inputs,
+    check_causal,
+    empty_cache,
+    layer_input,
+    stacked,
+    through,
+    tied_head,
+    written,
+)
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -57,6 +67,7 @@ class GemmaConfig:
         for name, value in only.items():
             if hub.get(name, value) not in (value, None):
                 raise ValueError(f"{name} {hub[name]!r} is not supported in gemma3: {value!r} is")
+        check_causal(hub)
         count = hub["num_hidden_layers"]
         every = hub.get("sliding_window_pattern") or hub.get("_sliding_window_pattern") or 6
         default = ["full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(count)]

@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import Sight
-from jlora.models.causal import attended, causal_inputs, empty_cache, layer_input, stacked, through, tied_head, written
+from jlora.models.causal import (
+    attended,
+    causal_inputs,
+    check_causal,
+    empty_cache,
+    layer_input,
+    stacked,
+    through,
+    tied_head,
+    written,
+)
 from jlora.models.tensors import HFTensor
 
 
@@ -47,6 +57,7 @@ class GPT2Config:
         for name, value in only.items():
             if hub.get(name, value) != value:
                 raise ValueError(f"{name} {hub[name]!r} is not supported in gpt2: {value!r} is")
+        check_causal(hub)
         return cls(**{f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None})
 
     @property

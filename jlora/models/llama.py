@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight
-from jlora.models.causal import attended, causal_inputs, empty_cache, layer_input, stacked, through, tied_head, written
+from jlora.models.causal import (
+    attended,
+    causal_inputs,
+    check_causal,
+    empty_cache,
+    layer_input,
+    stacked,
+    through,
+    tied_head,
+    written,
+)
 from jlora.models.rope import frequencies, rotate
 from jlora.models.tensors import HFTensor
 
@@ -54,6 +64,7 @@ class LlamaConfig:
             raise ValueError(f"hidden_act {hub['hidden_act']!r} is not supported in {kind}: silu is")
         if hub.get("pretraining_tp", 1) != 1:
             raise ValueError(f"pretraining_tp {hub['pretraining_tp']} is not supported: 1 is")
+        check_causal(hub)
         rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
         theta = hub.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0
         rope.pop("rope_theta", None)

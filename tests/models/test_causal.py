@@ -89,3 +89,13 @@ def test_a_step_copies_no_cache(name):
     step = jax.jit(read, donate_argnums=2).lower(params, jnp.zeros((4, 1), jnp.int32), cache).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["kv"]))
     assert step.memory_analysis().temp_size_in_bytes < held / 2  # a layer's share, which a CPU copies, is an eighth
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_a_decoder_that_sees_what_follows_is_refused(name):
+    config = MODELS[name][1]
+    hub = dataclasses.asdict(config)
+    type(config).from_hf({**hub, "is_causal": True})
+    for wrong in (False, None):  # transformers takes null for no
+        with pytest.raises(ValueError, match=f"is_causal {wrong} is not supported in a decoder: True is"):
+            type(config).from_hf({**hub, "is_causal": wrong})
