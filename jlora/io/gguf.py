@@ -107,6 +107,7 @@ def config_of(reader: Any) -> LlamaConfig:
             "num_attention_heads": heads,
             "num_key_value_heads": get(f"{arch}.attention.head_count_kv", int, heads),
             "head_dim": get(f"{arch}.attention.key_length", int, d // max(heads, 1)),
+            "max_position_embeddings": get(f"{arch}.context_length", int, None),
             "rms_norm_eps": float(get(f"{arch}.attention.layer_norm_rms_epsilon", float)),
             "rope_theta": float(get(f"{arch}.rope.freq_base", float, 10000.0)),
             "rope_scaling": {"rope_type": "linear", "factor": float(get(f"{arch}.rope.scaling.factor", float))}

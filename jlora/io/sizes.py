@@ -41,7 +41,7 @@ def checked_config(family: Any, hub: Mapping[str, Any], where: object) -> Any:
         value = getattr(config, field.name)
         if not (fits(value, str(field.type)) or (value == -1 and field.name in UNSET)):
             raise ValueError(f"{where}: {field.name} is {value!r:.60}, not {field.type} in its range")
-    none = [name for name in POSITIVE if getattr(config, name, 1) < 1]
+    none = [name for name in POSITIVE if getattr(config, name, None) is not None and getattr(config, name) < 1]
     if none:
         raise ValueError(f"{where}: {none[0]} is {getattr(config, none[0])}; it is 1 or more")
     if not 0 < config.num_hidden_layers <= MOST_LAYERS:

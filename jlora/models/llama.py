@@ -28,7 +28,7 @@ from jlora.models.causal import (
     tied_head,
     written,
 )
-from jlora.models.rope import frequencies, rotate
+from jlora.models.rope import frequencies, rope_of, rotate
 from jlora.models.tensors import HFTensor
 
 
@@ -53,6 +53,8 @@ class LlamaConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     model_type: str = "llama"
+    max_position_embeddings: int | None = None
+    """Told to those who read what is written; the positions here have no end."""
 
     @classmethod
     def from_hf(cls, hub: Mapping[str, Any]) -> LlamaConfig:
@@ -65,9 +67,7 @@ class LlamaConfig:
         if hub.get("pretraining_tp", 1) != 1:
             raise ValueError(f"pretraining_tp {hub['pretraining_tp']} is not supported: 1 is")
         check_causal(hub)
-        rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
-        theta = hub.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0
-        rope.pop("rope_theta", None)
+        theta, scaling = rope_of(hub)
         heads = hub["num_attention_heads"]
         windowed = hub.get("use_sliding_window", kind == "mistral")
         if windowed and kind.startswith("qwen") and hub.get("max_window_layers", 0) < hub["num_hidden_layers"]:
@@ -81,8 +81,8 @@ class LlamaConfig:
             num_key_value_heads=hub.get("num_key_value_heads") or heads,
             head_dim=hub.get("head_dim") or hub["hidden_size"] // heads,
             rms_norm_eps=hub.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_scaling=tuple(sorted(rope.items())) or None,
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_word_embeddings=bool(hub.get("tie_word_embeddings", False)),
             qkv_bias=bool(hub.get("attention_bias", kind == "qwen2")) or kind == "qwen2",
             o_bias=bool(hub.get("attention_bias", False)) and kind != "qwen2",
@@ -90,6 +90,7 @@ class LlamaConfig:
             qk_norm=kind == "qwen3",
             sliding_window=hub.get("sliding_window") if windowed and not kind.startswith("qwen") else None,
             model_type=kind,
+            max_position_embeddings=hub.get("max_position_embeddings"),
         )
         config.frequencies()
         return config
@@ -100,16 +101,20 @@ class LlamaConfig:
         held: dict[str, Any] = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("rope_theta", "rope_scaling", "qkv_bias", "o_bias", "qk_norm")
+            if field.name not in ("rope_scaling", "qkv_bias", "o_bias", "qk_norm")
         }
-        rope = {"rope_type": "default", **dict(self.rope_scaling or ()), "rope_theta": self.rope_theta}
+        scaling = dict(self.rope_scaling or ())
+        if scaling:  # transformers 4 and vLLM know this and rope_theta, transformers 5 rope_parameters
+            held["rope_scaling"] = scaling
+        if self.max_position_embeddings is None:
+            del held["max_position_embeddings"]
         if self.model_type != "qwen2":
             held["attention_bias"] = self.qkv_bias
         return {
             "architectures": [f"{names[self.model_type]}ForCausalLM"],
             **held,
             "hidden_act": "silu",
-            "rope_parameters": rope,
+            "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": self.rope_theta},
         }
 
     def frequencies(self) -> np.ndarray:

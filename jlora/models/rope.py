@@ -11,6 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def rope_of(hub: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
+    """(theta, scaling or None) of a `config.json`: `rope_parameters`, or the older `rope_scaling` and `rope_theta`."""
+    rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or hub.get("rope_theta") or 10000.0
+    older = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or older or "default"
+    return float(theta), None if rope["rope_type"] == "default" else tuple(sorted(rope.items()))
+
+
 def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> np.ndarray:
     """Radians per position, f64 [head_dim / 2]. Raises ValueError for a kind of scaling that is not written here.
 

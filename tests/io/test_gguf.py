@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from jlora.io import load
 from jlora.io.gguf import gguf_name
+from jlora.io.save import save
 from jlora.models.llama import LlamaConfig, hf_tensors
 from jlora.tree import paths
 
@@ -145,3 +147,18 @@ def test_tensors_that_the_model_lacks_are_refused(tmp_path):
         write(path, "F32", more=[name])
         with pytest.raises(ValueError, match=said):
             load(path, weights=False)
+
+
+def test_what_is_merged_from_it_says_its_length_and_rope_to_every_reader(tmp_path):
+    from transformers import AutoConfig
+
+    scaled = {"add_rope_scaling_type": gguf.RopeScalingType.LINEAR, "add_rope_scaling_factor": 2.0}
+    write(tmp_path / "m.gguf", "F32", add_context_length=512, add_rope_freq_base=5e5, **scaled)
+    base = load(str(tmp_path / "m.gguf"))
+    save(tmp_path / "merged", base, base.params)
+    told = json.loads((tmp_path / "merged" / "config.json").read_text())
+    rope = {"rope_type": "linear", "factor": 2.0}
+    assert (told["max_position_embeddings"], told["rope_theta"], told["rope_scaling"]) == (512, 5e5, rope)
+    theirs = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert theirs.max_position_embeddings == 512 and theirs.rope_parameters == {**rope, "rope_theta": 5e5}
+    assert load(str(tmp_path / "merged"), weights=False).config == base.config

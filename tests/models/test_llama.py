@@ -116,3 +116,25 @@ def test_packed_examples_do_not_see_each_other():
 def test_what_is_not_supported_is_an_error(change, text):
     with pytest.raises(ValueError, match=text):
         LlamaConfig.from_hf({"model_type": "llama", **SIZES, **change})
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "hub, theta, scaling",
+    [
+        ({}, 1e4, None),
+        ({"rope_theta": 5e5, "max_position_embeddings": 64}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5e5, LINEAR),
+        ({"rope_theta": 1e4, "rope_parameters": {**LINEAR, "rope_theta": 5e5}}, 5e5, LINEAR),
+        ({"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
+    ],
+)
+def test_a_config_is_written_for_those_who_read_it_and_comes_back(hub, theta, scaling):
+    config = LlamaConfig.from_hf({"model_type": "llama", **SIZES, **hub})
+    told = config.to_hf()
+    assert told["rope_theta"] == theta and told.get("rope_scaling") == scaling
+    assert told["rope_parameters"] == {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    assert told.get("max_position_embeddings") == hub.get("max_position_embeddings")
+    assert LlamaConfig.from_hf(told) == config
