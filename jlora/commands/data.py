@@ -13,6 +13,7 @@ import tyro
 from jlora.commands.dry import shown
 from jlora.commands.settings import in_range, say
 from jlora.data import Columns, Example, Row, bucket_lengths, read_rows, tokenise_rows
+from jlora.data.tokens import examples_of
 from jlora.io import load
 
 
@@ -53,9 +54,10 @@ def data_command(config: DataConfig) -> dict[str, Any]:
         raise ValueError(f"{config.model} has no tokenizer")
     examples, _ = tokenise_rows(rows, base.tokenizer, sys.maxsize, base.ends)
     colour = sys.stderr.isatty()
-    for row, example in list(zip(rows, examples, strict=True))[: config.show]:
-        say(f"-- {row.where} ({row.kind}, {len(example.tokens)} tokens)")
-        say(rendered(row, example, base.tokenizer, colour))
+    for row in rows[: config.show]:
+        for example in examples_of(row, base.tokenizer, base.ends):
+            say(f"-- {row.where} ({row.kind}, {len(example.tokens)} tokens)")
+            say(rendered(row, example, base.tokenizer, colour))
     return statistics(rows, examples, config.max_length, config.buckets)
 
 

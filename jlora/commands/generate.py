@@ -57,7 +57,8 @@ class GenerateCommand(Writing):
     length_penalty: float = 1.0
     """Of beam search: scores are divided by length to this power."""
     raw: bool = False
-    """Go on from the prompt's text as it is, without the chat template."""
+    """Go on from the prompt's text as it is, as after training on prompts and completions, not by the chat template; so
+    it is where the model has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def ready(config: Writing) -> tuple[Pretrained, Any]:
 def rendered(base: Pretrained, messages: list[dict[str, str]]) -> list[int]:
     """A conversation's tokens, ready for the model's turn. Raises ValueError without a chat template."""
     if not base.tokenizer.chat_template:
-        raise ValueError(f"{base.source} has no chat template: give the prompt's text with --raw")
+        raise ValueError(f"{base.source} has no chat template, so it cannot chat: use generate")
     return text_ids(base.tokenizer, render(base.tokenizer, messages, True, base.source))
 
 
@@ -101,7 +102,7 @@ def generate_command(config: GenerateCommand) -> dict[str, Any] | None:
     prompts = config.prompts or (sys.stdin.read(),)
     base, params = ready(config)
     how = settings(config, base.ends)
-    if config.raw:
+    if config.raw or not base.tokenizer.chat_template:
         rows = [prompt_ids(base.tokenizer, text) for text in prompts]
     else:
         rows = [rendered(base, [*opening(config), {"role": "user", "content": text}]) for text in prompts]

@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.commands.settings import say
 from jlora.data import Row
-from jlora.data.tokens import prompt_ids
+from jlora.data.tokens import kept, prompt_ids
 from jlora.generate import GenerateConfig, generate_text, most_tokens
 from jlora.io import Pretrained
 from jlora.train.loop import Interrupted, Stop
@@ -52,7 +52,8 @@ def prompts_of(base: Pretrained, texts: Sequence[str], new: int) -> list[list[in
     """The prompts' tokens; where the model has fewer positions than they and `new` take, the last of them, as in
     training."""
     most, rows = most_tokens(base.model), [prompt_ids(base.tokenizer, text) for text in texts]
-    return rows if most is None else [row[-max(most - new, 1) :] for row in rows]
+    bos = getattr(base.tokenizer, "bos_token_id", None)
+    return rows if most is None else [[row[n] for n in kept(row, max(most - new, 1), bos)] for row in rows]
 
 
 def short(name: str) -> str:

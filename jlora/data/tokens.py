@@ -12,6 +12,9 @@ from jlora.data.files import DataError
 from jlora.data.rows import Row
 from jlora.data.template import render as render_template
 
+Piece = tuple[list[int], bool]
+"""Tokens, and whether they are learnt."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -27,62 +30,111 @@ class Example:
 
 
 def tokenise(row: Row, tokenizer: Any, ends: Sequence[int] = ()) -> Example:
-    """One row by a Hugging Face tokenizer. ends: the tokens that end a turn, the tokenizer's where there are none
-    (`Pretrained.ends`). Raises DataError where the template does not extend its own prefix."""
+    """One row by a Hugging Face tokenizer, if it is one example. ends: the tokens that end a turn, the tokenizer's
+    where there are none (`Pretrained.ends`). Raises DataError where it is several (`examples_of`)."""
+    found = examples_of(row, tokenizer, ends)
+    if len(found) > 1:
+        raise DataError(
+            f"{row.where}: the chat template writes earlier turns anew as a chat goes on, so its answers make "
+            f"{len(found)} examples, and one is wanted here: leave one answer in each row"
+        )
+    return found[0]
+
+
+def examples_of(row: Row, tokenizer: Any, ends: Sequence[int] = ()) -> list[Example]:
+    """A row as `tokenise`: one example, or of a chat one for each stretch of turns that the template leaves as they
+    were (Qwen 3's takes the thoughts out of earlier answers). Raises DataError where an answer's prompt does not begin
+    it."""
     if row.kind == "label":
         both = [row.text] if row.pair is None else [row.text, row.pair]
-        tokens = [int(token) for token in tokenizer(*both)["input_ids"]]
-        pieces = [(tokens, False)]
+        many = [[([int(token) for token in tokenizer(*both)["input_ids"]], False)]]
     elif row.messages:
-        pieces = chat_pieces(row, tokenizer, ends)
+        many = chat_pieces(row, tokenizer, ends)
     else:
-        answer = text_ids(tokenizer, row.completion) + _end(tokenizer)
-        pieces = [(prompt_ids(tokenizer, row.prompt), False), (answer, True)]
+        answer = continued(tokenizer, row.prompt, row.completion) + _end(tokenizer)
+        many = [[(prompt_ids(tokenizer, row.prompt), False), (answer, True)]]
+    return [joined(pieces) for pieces in many]
+
+
+def joined(pieces: Sequence[Piece]) -> Example:
     tokens = [token for ids, _ in pieces for token in ids]
-    mask = [answer for ids, answer in pieces for _ in ids]
+    mask = [learnt for ids, learnt in pieces for _ in ids]
     return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool))
 
 
-def chat_pieces(row: Row, tokenizer: Any, ends: Sequence[int] = ()) -> list[tuple[list[int], bool]]:
-    """(tokens, is answer) pieces of a chat: each assistant turn is what `messages[:i+1]` rendered adds to
-    `messages[:i]` rendered with the generation prompt, so no `{% generation %}` tag is needed in the template."""
+def chat_pieces(row: Row, tokenizer: Any, ends: Sequence[int] = ()) -> list[list[Piece]]:
+    """The pieces of a chat's examples: each assistant turn is what `messages[:i+1]` rendered adds to `messages[:i]`
+    rendered with the generation prompt, so no `{% generation %}` tag is needed in the template. A turn of weight 0 (as
+    in OpenAI's files) is not learnt."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{row.where}: key 'messages' needs a tokenizer with a chat template; this one has none")
 
     def render(count: int, prompt: bool) -> str:
         return render_template(tokenizer, row.messages[:count], prompt, row.where)
 
-    pieces: list[tuple[list[int], bool]] = []
+    many: list[list[Piece]] = []
     done = ""
     for n, message in enumerate(row.messages):
         if message["role"] != "assistant" or n < row.given:
             continue
         before, after = render(n, True), render(n + 1, False)
-        if not (before.startswith(done) and after.startswith(before)):
+        if not after.startswith(before):
             raise DataError(f"{row.where}: key 'messages[{n}]': the chat template does not extend its own prefix here")
-        pieces.append((text_ids(tokenizer, before[len(done) :]), False))
-        answer = text_ids(tokenizer, after[len(before) :])
+        if not many or not before.startswith(done):
+            many, done = [*many, []], ""
+        many[-1].append((continued(tokenizer, done, before[len(done) :]), False))
+        answer = continued(tokenizer, before, after[len(before) :])
         # what a template writes after the end of a turn (a newline) is no part of the answer
         over = (n + 1 for n, token in enumerate(answer) if token in (ends or _end(tokenizer)))
         stop = next(over, len(answer))
-        pieces += [(answer[:stop], True), (answer[stop:], False)]
+        many[-1] += [(answer[:stop], message.get("weight") != 0), (answer[stop:], False)]
         done = after
-    return pieces[:-1]
+    return [pieces[:-1] for pieces in many]
 
 
 def tokenise_rows(
-    rows: Iterable[Row], tokenizer: Any, max_length: int, ends: Sequence[int] = ()
+    rows: Iterable[Row], tokenizer: Any, max_length: int, ends: Sequence[int] = (), single: bool = False
 ) -> tuple[list[Example], int]:
-    """(examples of at most `max_length` tokens, how many were cut), as `tokenise`. A cut drops the left of a prompt,
-    never an answer's end; a row whose answer alone is longer keeps the answer's last tokens."""
-    out, cut = [], 0
-    for row in rows:
-        example = tokenise(row, tokenizer, ends)
-        if len(example.tokens) > max_length:
-            cut += 1
-            example = Example(example.tokens[-max_length:], example.loss_mask[-max_length:])
-        out.append(example)
-    return out, cut
+    """(examples of at most `max_length` tokens, how many were cut), as `examples_of`, or as `tokenise` if `single`.
+
+    A cut drops the left of a prompt, but not its begin token, and never an answer's end; a row whose answer alone is
+    longer keeps the answer's last tokens."""
+    read = (lambda *row: [tokenise(*row)]) if single else examples_of
+    found = [example for row in rows for example in read(row, tokenizer, ends)]
+    bos, cut = getattr(tokenizer, "bos_token_id", None), sum(len(example.tokens) > max_length for example in found)
+    return [shortened(example, max_length, bos) for example in found], cut
+
+
+def kept(tokens: Any, most: int, bos: int | None) -> np.ndarray:
+    """Which of the tokens [n] stay if at most so many may: the begin token, if they have one, and the last."""
+    if len(tokens) <= most:
+        return np.arange(len(tokens))
+    begin = int(most > 1 and tokens[0] == bos)
+    return np.r_[:begin, len(tokens) - most + begin : len(tokens)]
+
+
+def shortened(example: Example, most: int, bos: int | None) -> Example:
+    """What is `kept` of it. An answer whose beginning is cut off is not learnt, unless it is the only one."""
+    if len(example.tokens) <= most:
+        return example
+    at = kept(example.tokens, most, bos)
+    tokens, mask = example.tokens[at], example.loss_mask[at]
+    begin = int(np.argmax(np.diff(at, prepend=-1) > 1))  # the first token after the cut
+    if mask[begin] and example.loss_mask[at[begin] - 1]:
+        rest = np.where(np.cumsum(~mask[begin:]), mask[begin:], False)  # from the first token on that is not learnt
+        mask = np.r_[mask[:begin], rest] if rest.any() else mask
+    return Example(tokens, mask)
+
+
+def continued(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The tokens of `text` after the text `before`: tokenizers that put a space before any text (Llama 2's) would put
+    one in the middle. Where the two texts share a token, those of `text` alone."""
+    head = before[-64:]
+    if head:
+        first, both = text_ids(tokenizer, head), text_ids(tokenizer, head + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return text_ids(tokenizer, text)
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
@@ -99,6 +151,21 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text as it stands."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def turn_end(tokenizer: Any) -> tuple[int, ...]:
+    """The special token that the chat template puts after an answer, if it does: Qwen's base models end a text in
+    another."""
+    said = "an answer"
+    try:
+        text = render_template(
+            tokenizer, [{"role": "user", "content": "-"}, {"role": "assistant", "content": said}], False
+        )
+    except ValueError:  # no template, or one that has more to ask of a chat
+        return ()
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    after = text_ids(tokenizer, text.rpartition(said)[2])
+    return next(((n,) for n in after if n in special), ())
 
 
 def _end(tokenizer: Any) -> list[int]:

@@ -47,7 +47,7 @@ class Pretrained:
     revision: str | None = None
     """Of `source`, where that is a Hub id and one was asked for."""
     stops: tuple[int, ...] = ()
-    """Tokens that end an answer by the checkpoint's files, beside the tokenizer's own."""
+    """Tokens that end an answer by the checkpoint's files or its chat template, beside the tokenizer's own."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -136,6 +136,9 @@ def load(
             made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
             spare = unread(kind, config, stored)
             params = build(shapes, tensors, stored, sharding=sharding, optional=spare, made=made)
+    from jlora.data.tokens import turn_end  # which reads this package
+
+    stops += () if tokenizer is None else turn_end(tokenizer)
     folder = path if path.is_dir() else None
     name, revision = hub_id(source, revision)
     return Pretrained(model, params, config, tokenizer, name, tensors, folder, tuple(fresh), revision, stops)

@@ -51,7 +51,8 @@ def save(
             if base.folder and own(base.folder, name):
                 shutil.copyfile(base.folder / name, beside / name)
         if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
-            ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": base.tokenizer.eos_token_id}
+            eos = list(base.ends) if len(base.ends) > 1 else base.tokenizer.eos_token_id
+            ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": eos}
             (beside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
     return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
 

@@ -73,6 +73,77 @@ def test_a_cut_keeps_the_answer_and_is_counted():
     assert cut == 1 and text_of(examples[0].tokens) == "efg$" and text_of(examples[1].tokens) == "ab$"
 
 
+def test_a_cut_keeps_the_begin_token_and_learns_no_half_answer():
+    words = CharTokenizer()
+    words.begins = True
+    ((example,), cut) = tokenise_rows([Row("abcdef", "gh")], words, 6)
+    assert cut == 1 and example.tokens.tolist() == [1, ord("e"), ord("f"), ord("g"), ord("h"), 0]
+    assert example.loss_mask.tolist() == [False] * 3 + [True] * 3
+    turns = [("user", "u"), ("assistant", "12345"), ("user", "v"), ("assistant", "two")]
+    row = Row(messages=tuple({"role": r, "content": c} for r, c in turns))
+    ((example,), _) = tokenise_rows([row], CharTokenizer(), 17)
+    assert text_of(example.tokens) == "45$\n<u>v$\n<a>two$"
+    assert text_of(example.tokens[example.loss_mask]) == "two$"
+    ((example,), _) = tokenise_rows([row], CharTokenizer(), 3)
+    assert text_of(example.tokens[example.loss_mask]) == "wo$"
+
+
+def test_a_turn_of_weight_0_is_not_learnt():
+    turns = [("user", "u", 1), ("assistant", "no", 0), ("user", "v", 1), ("assistant", "yes", 1)]
+    row = Row(messages=tuple({"role": r, "content": c} | ({} if w else {"weight": 0}) for r, c, w in turns))
+    example = tokenise(row, CharTokenizer())
+    assert text_of(example.tokens[example.loss_mask]) == "yes$"
+
+
+def test_a_template_that_takes_thoughts_out_of_earlier_answers_gives_an_example_each():
+    class Thinking(CharTokenizer):
+        chat_template = (
+            "{% for m in messages %}<{{ m.role[0] }}>"
+            "{{ '(hm)' if loop.last and m.role == 'assistant' }}{{ m.content }}$\n{% endfor %}"
+            "{{ '<a>' if add_generation_prompt }}"
+        )
+
+    turns = [("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant", "two")]
+    row = Row(messages=tuple({"role": r, "content": c} for r, c in turns), where="x:3")
+    (first, second), _ = tokenise_rows([row], Thinking(), 99)
+    assert (
+        text_of(first.tokens) == "<u>u$\n<a>(hm)one$" and text_of(second.tokens) == "<u>u$\n<a>one$\n<u>v$\n<a>(hm)two$"
+    )
+    assert [text_of(e.tokens[e.loss_mask]) for e in (first, second)] == ["(hm)one$", "(hm)two$"]
+    with pytest.raises(DataError, match=r"x:3: the chat template writes earlier turns anew .* 2 examples"):
+        tokenise_rows([row], Thinking(), 99, single=True)
+
+
+def spaced():
+    """As Llama 2's: a space before any text, that a token may begin with."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "\u2581", "\n", "h", "i", "Y", "o", "-", ">", "\u2581Y", "\u2581h", "|"]
+    bpe = models.BPE({w: n for n, w in enumerate(words)}, [("\u2581", "Y"), ("\u2581", "h")], unk_token="<unk>")
+    found = Tokenizer(bpe)
+    found.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    found.decoder = decoders.Replace("\u2581", " ")
+    template = (
+        "{% for m in messages %}|{{ m.role[0] }}|\n{{ m.content }}</s>\n{% endfor %}"
+        "{{ '|a|\n' if add_generation_prompt }}"
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="</s>", chat_template=template)
+
+
+def test_no_space_comes_into_the_middle_of_a_text():
+    words = spaced()
+    assert words("Yo")["input_ids"] == [10, 7]  # the space before any text
+    example = tokenise(Row("hi ->", " Yo"), words)
+    assert example.tokens.tolist() == [*words("hi -> Yo")["input_ids"], 1]
+    turns = [("user", "hi"), ("assistant", "Yo"), ("user", "hi"), ("assistant", "Yo")]
+    messages = [{"role": r, "content": c} for r, c in turns]
+    example = tokenise(Row(messages=tuple(messages)), words)
+    text = words.apply_chat_template(messages, tokenize=False)
+    assert example.tokens.tolist() == words(text, add_special_tokens=False)["input_ids"][:-2]  # but the last newline
+    assert words.decode(example.tokens[example.loss_mask]) == "Yo</s>Yo</s>"
+
+
 def make(lengths):
     return [Example(np.arange(n, dtype=np.int32) + 100 * i, np.arange(n) >= n - 2) for i, n in enumerate(lengths)]
 

@@ -10,6 +10,7 @@ import jlora.io
 from jlora.cli import main
 from jlora.io.adapters import save_adapter
 from jlora.io.pypi import SMOLLM2, pip_file
+from jlora.io.save import save
 from jlora.methods import named
 from tests.small import small_model
 
@@ -181,3 +182,13 @@ def test_an_answer_ends_where_the_checkpoint_says_too(tmp_path, capsys):
     ends(eos_token_id=list(range(15)))
     main(["generate", "good film", "--model", str(folder), "--raw"])
     assert len(capsys.readouterr().out.split()) <= 1  # whatever comes first ends it
+
+
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path):
+    small_model(tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<unk>"}))  # of texts, as a base model's
+    base = jlora.io.load(str(tmp_path / "m"))
+    assert base.tokenizer.eos_token_id == 0 and set(base.ends) == {0, 2}
+    save(tmp_path / "again", base, base.params)
+    assert jlora.io.load(str(tmp_path / "again"), weights=False).ends == base.ends

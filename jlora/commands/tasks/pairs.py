@@ -26,7 +26,7 @@ class Pairs(Answers):
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         sides, cuts = [], 0
         for alone in zip(*(row.sides for row in rows), strict=True):
-            side, cut = tokenise_rows(alone, base.tokenizer, self.config.max_length, base.ends)
+            side, cut = tokenise_rows(alone, base.tokenizer, self.config.max_length, base.ends, single=True)
             sides, cuts = [*sides, side], cuts + cut
         return list(zip(*sides, strict=True)), cuts
 
