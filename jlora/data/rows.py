@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jlora.data.chats import Message, answered, got, learnable, turns, whole
 from jlora.data.files import DataError, records
 from jlora.io.text import one_line
 
-ROLES = ("system", "user", "assistant", "tool")
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
 """Columns of GLUE's sentence pairs."""
 KINDS = (
@@ -33,18 +33,18 @@ ALPACA_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Re
 class Row:
     """One example, of one of these kinds:
 
-    `prompt` and `completion` (an empty prompt: plain text, all of which carries the loss); `messages` ({role, content}
-    in order, of which the first `given` carry none); a preference: `prompt`, `completion` (chosen) and `rejected`, or
+    `prompt` and `completion` (an empty prompt: plain text, all of which carries the loss); `messages` (`turns` in
+    order, of which the first `given` carry none); a preference: `prompt`, `completion` (chosen) and `rejected`, or
     `messages` (chosen) and `rejected_messages`; `text`, maybe `pair`, and `label` (a class or a number). `where`:
     file:line.
     """
 
     prompt: str = ""
     completion: str = ""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[Message, ...] = ()
     where: str = ""
     rejected: str = ""
-    rejected_messages: tuple[dict[str, str], ...] = ()
+    rejected_messages: tuple[Message, ...] = ()
     given: int = 0
     text: str = ""
     pair: str | None = None
@@ -152,13 +152,13 @@ def _fields(template: str, name: str) -> list[str]:
 def parse_row(record: Any, where: str, label: bool = False) -> Row:
     """A `Row` from one record, by its keys. `where` ("file:line") begins every error."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a row is an object with prompt and completion, or messages; got {_kind(record)}")
+        raise DataError(f"{where}: a row is an object with prompt and completion, or messages; got {got(record)}")
     if label:
         return _labelled(record, where)
     if "messages" in record:
         if record.get("tools"):
             warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=2)
-        return Row(messages=_messages(record["messages"], where), where=where)
+        return Row(messages=answered(turns(record["messages"], where, "messages"), where, "messages"), where=where)
     if isinstance(record.get("chosen"), list):
         return _chats(record, where)
     if "chosen" in record or "rejected" in record:
@@ -188,7 +188,7 @@ def _labelled(record: dict[str, Any], where: str) -> Row:
     text, pair = _text(record, first, where), _text(record, second, where) if second else None
     label = record.get("label", record.get("score"))
     if isinstance(label, bool) or not isinstance(label, str | int | float) or not _finite(label):
-        raise DataError(f"{where}: key 'label' must be a class or a number, got {_kind(label)}")
+        raise DataError(f"{where}: key 'label' must be a class or a number, got {got(label)}")
     return Row(text=text, pair=pair, label=label, where=where)
 
 
@@ -196,17 +196,8 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     if key not in record:
         raise DataError(f"{where}: key {key!r} is missing ({_keys(record)})")
     if not isinstance(record[key], str):
-        raise DataError(f"{where}: key {key!r} must be text, got {_kind(record[key])}")
-    return _unicode(record[key], f"{where}: key {key!r}")
-
-
-def _unicode(text: str, where: str) -> str:
-    """JSON can spell half of a pair of surrogates, which is no text and which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where} holds half a character (a lone surrogate) at {error.start}") from None
-    return text
+        raise DataError(f"{where}: key {key!r} must be text, got {got(record[key])}")
+    return whole(record[key], f"{where}: key {key!r}")
 
 
 def _finite(label: str | int | float) -> bool:
@@ -224,35 +215,14 @@ def _chats(record: dict[str, Any], where: str) -> Row:
     """A preference between chats: whole ones, or what follows a `prompt` of messages. A text `prompt` beside chats is
     their first turn once more (as in UltraFeedback), and is not read."""
     prompt = record.get("prompt")
-    before = _messages(prompt, where, "prompt") if isinstance(prompt, list) else ()
-    chosen, rejected = (before + _messages(record.get(key), where, key) for key in ("chosen", "rejected"))
+    before = turns(prompt, where, "prompt") if isinstance(prompt, list) else ()
+    chosen, rejected = (before + turns(record.get(key), where, key) for key in ("chosen", "rejected"))
     pairs = enumerate(zip(chosen, rejected, strict=False))
     same = next((n for n, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
     for name, chat in (("chosen", chosen), ("rejected", rejected)):
-        if not any(message["role"] == "assistant" for message in chat[same:]):
+        if not learnable(chat[same:]):
             raise DataError(f"{where}: key {name!r} has no assistant turn of its own: there is nothing to prefer")
     return Row(messages=chosen, rejected_messages=rejected, given=same, where=where)
-
-
-def _messages(messages: Any, where: str, key: str = "messages") -> tuple[dict[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: key {key!r} must be a list of {{role, content}}, got {_kind(messages)}")
-    for n, message in enumerate(messages):
-        at = f"{where}: key '{key}[{n}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{at}' must be an object with role and content, got {_kind(message)}")
-        if message.get("role") not in ROLES:
-            raise DataError(f"{at}.role' must be one of {', '.join(ROLES)}, got {_kind(message.get('role'))}")
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{at}.content' must be text, got {_kind(message.get('content'))}")
-        _unicode(message["content"], f"{at}.content'")
-    if key == "messages" and not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: key 'messages' has no assistant turn: there is nothing to learn from the row")
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {one_line(value, 40)!r}"
 
 
 def _keys(record: dict[str, Any]) -> str:

@@ -1,0 +1,106 @@
+"""Turns of chats: what of them reaches the template, and what a bad one says."""
+
+import types
+
+import pytest
+
+from jlora.data import DataError
+from jlora.data.rows import parse_row
+from jlora.data.template import render
+
+ASK = {"role": "user", "content": "q"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+
+
+def messages(*chat):
+    return parse_row({"messages": list(chat)}, "x:1").messages
+
+
+def refused(text, record):
+    with pytest.raises(DataError, match=f"^x:1: key '{text}"):
+        parse_row(record, "x:1")
+
+
+def test_what_a_template_writes_beside_the_content_reaches_it():
+    chat = messages(
+        {**ASK, "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "sum"},
+        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        {"role": "assistant", "content": "two"},
+    )
+    write = "{% for m in messages %}{{ m.name }}|{{ m.reasoning_content }}|{{ m.content }}|{{ m.tool_call_id }}|"
+    write += "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %};"
+    write += "{% endfor %}"
+    text = render(types.SimpleNamespace(chat_template=write, special_tokens_map={}), chat, False)
+    assert text == 'ann||q||;|sum|||add{"a": 1, "b": null};add||2|c1|;||two||;'
+
+
+def test_a_null_is_a_key_that_is_not_there():
+    keys = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight", "from", "value")
+    filled = dict.fromkeys(keys)
+    answer = {"role": "assistant", "content": "a"}
+    assert messages({**ASK, **filled}, {**answer, **filled}) == messages(ASK, answer) == (ASK, answer)
+    assert messages({**answer, "tool_calls": []}) == (answer,)
+    call = {**CALL, "index": None, "function": {**CALL["function"], "parameters": None}}
+    (turn,) = messages({"role": "assistant", "tool_calls": [call]})
+    assert turn == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def test_a_weight_of_0_is_handed_on():
+    answer = {"role": "assistant", "content": "a"}
+    chat = messages(ASK, {**answer, "weight": 0}, ASK, {**answer, "weight": 1}, ASK, {**answer, "weight": None})
+    assert [turn.get("weight") for turn in chat] == [None, 0, None, None, None, None]
+    for weight in (2, 0.5, "0", True, [0]):
+        refused(r"messages\[0\].weight' must be 0 ", {"messages": [{**answer, "weight": weight}]})
+    refused("messages' has no assistant turn but of weight 0", {"messages": [ASK, {**answer, "weight": 0}]})
+    pair = {"chosen": [ASK, answer], "rejected": [ASK, {**answer, "content": "b", "weight": 0}]}
+    refused("rejected' has no assistant turn of its own", pair)
+
+
+def test_an_answer_of_nothing_is_refused():
+    for content in ("", " \n", []):
+        chat = [ASK, {"role": "assistant", "content": content, "reasoning_content": "hm"}]
+        refused(r"messages\[1\].content' is empty", {"messages": chat})
+    refused(r"messages\[0\].content' must be text, got nothing", {"messages": [{"role": "assistant", "content": None}]})
+    assert messages({"role": "tool", "content": ""}, {"role": "assistant", "content": "a"})[0]["content"] == ""
+
+
+def test_parts_of_text_are_joined():
+    part = {"type": "text", "text": "a ", "image_url": None}
+    (turn,) = messages({"role": "assistant", "content": [part, {"type": "text", "text": "film"}]})
+    assert turn["content"] == "a film"
+    for wrong, text in (
+        ({"type": "image_url", "image_url": {}}, r"\[1\]' must be a part of type text, .*, got str 'image_url'"),
+        ({"text": "b"}, r"\[1\]' must be a part of type text"),
+        ("b", r"\[1\]' must be a part of type text"),
+        ({"type": "text"}, r"\[1\].text' must be text, got nothing"),
+    ):
+        refused(rf"messages\[0\].content{text}", {"messages": [{**ASK, "content": [part, wrong]}]})
+
+
+@pytest.mark.parametrize(
+    ("turn", "text"),
+    [
+        ({"tool_calls": "add(1)"}, "tool_calls' must be a list of objects, got str"),
+        ({"tool_calls": ["add(1)"]}, "tool_calls' must be a list of objects, got list"),
+        ({"tool_calls": [{"function": {"name": "\ud83d"}}]}, "tool_calls' holds half a character"),
+        ({"tool_calls": [{"function": b"add"}]}, "tool_calls' must be what JSON can hold"),
+        ({"reasoning_content": ["hm"]}, "reasoning_content' must be text, got list"),
+        ({"name": 3}, "name' must be text, got int"),
+        ({"tool_call_id": "\udfff"}, "tool_call_id' holds half a character"),
+    ],
+)
+def test_a_bad_key_of_a_turn_is_named(turn, text):
+    refused(rf"messages\[0\].{text}", {"messages": [{"role": "assistant", "content": "a", **turn}]})
+
+
+def test_who_speaks_goes_by_several_names():
+    names = {"system": ["developer"], "user": ["human"], "assistant": ["gpt", "chatgpt"]}
+    names |= {"tool": ["function", "observation"]}
+    for role, others in names.items():
+        for other in others:
+            chat = messages({"from": other, "value": "x"}, {"role": "assistant", "content": "a"})
+            assert chat[0] == {"role": role, "content": "x"}
+    refused(r"messages\[0\].from' must be one of system, user", {"messages": [{"from": "bot", "value": "x"}]})
+    refused(r"messages\[0\].role' must be one of .*, got nothing", {"messages": [{"content": "x"}]})
+    refused(r"messages\[0\].value' must be text, got int", {"messages": [{"from": "gpt", "value": 3}]})
