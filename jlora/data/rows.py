@@ -155,17 +155,15 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
         raise DataError(f"{where}: a row is an object with prompt and completion, or messages; got {got(record)}")
     if label:
         return _labelled(record, where)
+    # before messages: a set of preferences may hold its chosen chat under that name too (UltraFeedback)
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        return _preference(record, where)
     if "messages" in record:
         if record.get("tools"):
             warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=2)
         return Row(messages=answered(turns(record["messages"], where, "messages"), where, "messages"), where=where)
-    if isinstance(record.get("chosen"), list):
-        return _chats(record, where)
     if "chosen" in record or "rejected" in record:
-        prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-        if not (chosen.strip() and rejected.strip()):
-            raise DataError(f"{where}: key '{'rejected' if chosen.strip() else 'chosen'}' is empty")
-        return Row(prompt=prompt, completion=chosen, rejected=rejected, where=where)
+        return _preference(record, where)
     if "instruction" in record and "output" in record:
         template = ALPACA_INPUT if record.get("input") else ALPACA
         values = {key: _text(record, key, where) for key in ("instruction", "input") if record.get(key)}
@@ -209,6 +207,15 @@ def _answer(record: dict[str, Any], key: str, where: str) -> str:
     if not text.strip():
         raise DataError(f"{where}: key {key!r} is empty: there is nothing to learn from the row")
     return text
+
+
+def _preference(record: dict[str, Any], where: str) -> Row:
+    if isinstance(record.get("chosen"), list):
+        return _chats(record, where)
+    prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
+    if not (chosen.strip() and rejected.strip()):
+        raise DataError(f"{where}: key '{'rejected' if chosen.strip() else 'chosen'}' is empty")
+    return Row(prompt=prompt, completion=chosen, rejected=rejected, where=where)
 
 
 def _chats(record: dict[str, Any], where: str) -> Row:

@@ -116,6 +116,27 @@ def test_preferences_between_chats():
             parse_row(wrong, "x:1")
 
 
+def test_chosen_and_rejected_come_before_messages(tmp_path):
+    chat = lambda answer: [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    record = {
+        "prompt": "q",
+        "chosen": chat("yes"),
+        "rejected": chat("no"),
+        "messages": chat("yes"),
+        "score_chosen": 8.0,
+    }
+    path = write(tmp_path / "a.jsonl", record, {**record, "chosen": "yes", "rejected": "no"})
+    whole, text = read_rows(path)
+    assert (whole.kind, whole.messages, whole.rejected_messages) == ("preference", (*chat("yes"),), (*chat("no"),))
+    assert (text.kind, text.completion, text.rejected) == ("preference", "yes", "no")
+    for row in read_rows(path, columns=Columns(rename=("messages=messages",))):
+        assert (row.kind, row.messages) == ("chat", (*chat("yes"),))
+    for key in ("chosen", "rejected"):  # half a pair is none
+        assert parse_row({**record, key: None}, "x:1").kind == "chat"
+        with pytest.raises(DataError, match=f"x:1: key '{key}'"):
+            parse_row({"prompt": "q", "chosen": "yes", "rejected": "no", key: None}, "x:1")
+
+
 def test_templates_make_rows_of_other_columns(tmp_path):
     path = tmp_path / "e2e.csv"
     path.write_text("mr,ref\nname[A],It is A.\n")
