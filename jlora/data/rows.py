@@ -19,8 +19,10 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "se
 """Columns of GLUE's sentence pairs."""
 KINDS = (
     {"messages", "tools"},
+    {"conversations", "tools"},
     {"prompt", "chosen", "rejected"},
     {"instruction", "input", "output"},
+    {"instruction", "input", "context", "response"},
     {"text", "sentence", "pair", "label", "score"}.union(*PAIRS),
     {"prompt", "completion"},
 )
@@ -158,24 +160,42 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
     # before messages: a set of preferences may hold its chosen chat under that name too (UltraFeedback)
     if record.get("chosen") is not None and record.get("rejected") is not None:
         return _preference(record, where)
-    if "messages" in record:
-        if record.get("tools"):
-            warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=2)
-        return Row(messages=answered(turns(record["messages"], where, "messages"), where, "messages"), where=where)
-    if "chosen" in record or "rejected" in record:
+    for key in ("messages", "conversations"):
+        if key in record:
+            return _chat(record, key, where)
+    if {"chosen", "rejected"} & set(record):
         return _preference(record, where)
-    if "instruction" in record and "output" in record:
-        template = ALPACA_INPUT if record.get("input") else ALPACA
-        values = {key: _text(record, key, where) for key in ("instruction", "input") if record.get(key)}
-        return Row(prompt=template.format(**values), completion=_answer(record, "output", where), where=where)
-    pair = any(first in record and second in record for first, second in PAIRS)
+    if isinstance(record.get("completion"), list):
+        given = turns(record.get("prompt"), where, "prompt")
+        answer = answered(turns(record["completion"], where, "completion"), where, "completion")
+        return Row(messages=given + answer, given=len(given), where=where)
     asked = {"prompt", "completion"} <= set(record)
+    if "instruction" in record and ("output" in record or ("response" in record and not asked)):
+        return _instruction(record, where)
+    pair = any(first in record and second in record for first, second in PAIRS)
     if "label" in record and not asked and (pair or {"text", "sentence"} & set(record)):
         return _labelled(record, where)
     if "text" in record and not {"prompt", "completion"} & set(record):
         return Row(completion=_answer(record, "text", where), where=where)
     prompt = _text(record, "prompt", where)
     return Row(prompt=prompt, completion=_answer(record, "completion", where), where=where)
+
+
+def _chat(record: dict[str, Any], key: str, where: str) -> Row:
+    if record.get("tools"):
+        warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=3)
+    return Row(messages=answered(turns(record[key], where, key), where, key), where=where)
+
+
+def _instruction(record: dict[str, Any], where: str) -> Row:
+    """Alpaca's keys or Dolly's, whose `context` is the input and `response` the output."""
+    answer = "output" if "output" in record else "response"
+    given = "context" if answer == "response" and "context" in record else "input"
+    values = {"instruction": _text(record, "instruction", where)}
+    if record.get(given):
+        values["input"] = _text(record, given, where)
+    template = ALPACA_INPUT if "input" in values else ALPACA
+    return Row(prompt=template.format(**values), completion=_answer(record, answer, where), where=where)
 
 
 def _labelled(record: dict[str, Any], where: str) -> Row:

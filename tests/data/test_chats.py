@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from jlora.data import DataError
-from jlora.data.rows import parse_row
+from jlora.data import Columns, DataError
+from jlora.data.rows import adapt, parse_row
 from jlora.data.template import render
 
 ASK = {"role": "user", "content": "q"}
@@ -104,3 +104,51 @@ def test_who_speaks_goes_by_several_names():
     refused(r"messages\[0\].from' must be one of system, user", {"messages": [{"from": "bot", "value": "x"}]})
     refused(r"messages\[0\].role' must be one of .*, got nothing", {"messages": [{"content": "x"}]})
     refused(r"messages\[0\].value' must be text, got int", {"messages": [{"from": "gpt", "value": 3}]})
+
+
+def test_conversations_are_chats():
+    said = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    record = {"id": "i", "conversations": said, "text": "all"}
+    row = parse_row(record, "x:1")
+    assert row.kind == "chat"
+    assert [(turn["role"], turn["content"]) for turn in row.messages] == [
+        ("system", "s"),
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
+    both = {**record, "messages": [ASK, {"role": "assistant", "content": "b"}]}
+    assert parse_row(both, "x:1").messages[1]["content"] == "b"
+    assert parse_row(adapt(both, Columns(rename=("conversations=conversations",)), "x:1"), "x:1") == row
+    assert parse_row(adapt(record, Columns(rename=("text=text",)), "x:1"), "x:1").kind == "text"
+    refused("conversations' has no assistant turn", {"conversations": said[:2]})
+    with pytest.warns(UserWarning, match="'tools' of chat rows are not rendered"):
+        parse_row({**record, "tools": "[]"}, "x:1")
+
+
+def test_a_prompt_of_turns_carries_no_loss():
+    answer = {"role": "assistant", "content": "a"}
+    before = [ASK, {"role": "assistant", "content": "hi"}, ASK]
+    row = parse_row({"prompt": before, "completion": [answer]}, "x:1")
+    assert (row.kind, row.messages, row.given) == ("chat", (*before, answer), 3)
+    refused("completion' has no assistant turn", {"prompt": before, "completion": [ASK]})
+    refused("completion' must be a list of .*, got list", {"prompt": before, "completion": []})
+    refused("prompt' must be a list of .*, got str", {"prompt": "q", "completion": [answer]})
+    refused("prompt' must be a list of .*, got nothing", {"completion": [answer]})
+    refused("prompt' must be text, got list", {"prompt": before, "completion": "a"})
+
+
+def test_dolly_is_read_as_alpaca():
+    alpaca = parse_row({"instruction": "Add.", "input": "1 1", "output": "2"}, "x:1")
+    dolly = {"instruction": "Add.", "context": "1 1", "response": "2", "category": "closed_qa"}
+    assert (
+        parse_row(dolly, "x:1") == alpaca == parse_row({"instruction": "Add.", "input": "1 1", "response": "2"}, "x:1")
+    )
+    bare = parse_row({"instruction": "Add.", "output": "2"}, "x:1")
+    assert (
+        parse_row({**dolly, "context": ""}, "x:1") == parse_row({"instruction": "Add.", "response": "2"}, "x:1") == bare
+    )
+    assert parse_row({**dolly, "prompt": "p", "completion": "c"}, "x:1").prompt == "p"
+    columns = Columns(prompt="{instruction} {context}", completion="{response}")
+    assert parse_row(adapt(dolly, columns, "x:1"), "x:1").prompt == "Add. 1 1"
+    refused("response' is empty", {**dolly, "response": " "})
+    refused("instruction' must be text, got nothing", {**dolly, "instruction": None})

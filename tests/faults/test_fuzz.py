@@ -107,9 +107,8 @@ def test_changed_files(name, tmp_path):
 
 
 def test_any_row(tmp_path):
-    keys = st.sampled_from(
-        ["prompt", "completion", "messages", "text", "label", "chosen", "rejected", "output", "role"]
-    )
+    kinds = "prompt completion messages conversations text label chosen rejected instruction output response"
+    keys = st.sampled_from(f"{kinds} role content from value tool_calls weight type".split())
 
     @few
     @given(st.dictionaries(keys, JSON | st.lists(st.dictionaries(keys, JSON, max_size=2), max_size=2), max_size=4))

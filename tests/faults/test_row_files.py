@@ -49,6 +49,13 @@ LINES = {
     "a long role": json.dumps({"messages": [{"role": "user" * 10_000, "content": "a"}]}),
     "no content": '{"messages": [{"role": "assistant"}]}',
     "a list for content": '{"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}',
+    "a call of text": '{"messages": [{"role": "assistant", "tool_calls": "add"}]}',
+    "half a character in a call": '{"messages": [{"role": "assistant", "tool_calls": [{"name": "\\ud83d"}]}]}',
+    "a weight of NaN": '{"messages": [{"role": "assistant", "content": "a", "weight": NaN}]}',
+    "an image": '{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}',
+    "a deep part": '{"messages": [{"role": "assistant", "content": ' + "[" * 900 + "]" * 900 + "}]}",
+    "an answer of nothing": '{"conversations": [{"from": "gpt", "value": ""}]}',
+    "a prompt of text before turns": '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}',
     "no turn to learn": '{"messages": [{"role": "user", "content": "a"}]}',
     "a preference of numbers": '{"prompt": "a", "chosen": 1, "rejected": 2}',
     "an empty preference": '{"prompt": "a", "chosen": "", "rejected": "c"}',
@@ -67,6 +74,14 @@ LINES = {
     "a NUL": b'{"prompt": "a\x00", "completion": "b"}',
     "binary": bytes(range(128, 256)),
 }
+
+
+def test_deep_calls_end_in_an_error_at_most(tmp_path):
+    for depth in (500, 900, 980):
+        deep = "[" * depth + "]" * depth
+        line = '{"messages": [{"role": "assistant", "tool_calls": [{"function": ' + deep + "}]}]}"
+        (tmp_path / "rows.jsonl").write_text(line)
+        survives(lambda: read_rows(tmp_path / "rows.jsonl"), tmp_path)
 
 
 @pytest.mark.parametrize("name", LINES)
