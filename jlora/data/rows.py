@@ -85,7 +85,7 @@ class Columns:
 
 
 def read_rows(source: str | Path, *, split: str = "train", columns: Columns | None = None, limit: int = 0) -> list[Row]:
-    """The rows of `source`: FILE.jsonl, .csv, .tsv, .parquet, hub:NAME (`split` of it), or pip:NAME of `DOMAINS`.
+    """The rows of `source`: a file or hub:NAME as in `records` (`split` of it), or pip:NAME of `DOMAINS`.
 
     limit: rows to take from the start (0: all); a Hub set is then streamed.
     Raises DataError (a ValueError) naming file, line and key for the first bad row, FileNotFoundError for no file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
@@ -83,6 +84,8 @@ FILES = {
     "stream.bin": (stream(), weights),
     "m.gguf": (test_gguf_files.WHOLE, gguf),
     "rows.jsonl": (ROWS, read_rows),
+    "rows.json": (b'[{"prompt": "a", "completion": "b"},\n {"prompt": "\xc3\xa9", "completion": "d"}]\n', read_rows),
+    "rows.jsonl.gz": (gzip.compress(ROWS, mtime=0), read_rows),
     "rows.csv": (b'prompt,completion\n"a, b",c\n\xc3\xa9,"d ""e"""\n', read_rows),
     "rows.tsv": (b"sentence\tlabel\na\t1\nb\t0\n", read_rows),
     "run.yaml": (b"model: m\nrank: 3\ntargets: [a, b]\nlearning-rate: 2e-4\n", lambda p: read_settings(TrainConfig, p)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
@@ -92,6 +93,11 @@ def test_a_row_is_refused(name, tmp_path):
     refused(lambda: read_rows(path), tmp_path, r"rows\.jsonl:2: ")
 
 
+def bomb(start, byte):
+    """1 GiB and more in a megabyte: gzip members of one block each after the first."""
+    return gzip.compress(start) + gzip.compress(byte * 2**24) * 70
+
+
 TABLES = {
     "a.csv": {
         "more fields": b"prompt,completion\na,b,c\n",
@@ -122,7 +128,40 @@ TABLES = {
         "text": b"prompt,completion",
         "encrypted": b"PARE" + bytes(40) + b"PARE",
     },
-    "a.json": {"another ending": b"{}"},
+    "a.json": {
+        "an empty row": b"{}",
+        "nothing": b"",
+        "an empty array": b"[ ]",
+        "an array in an array": b'[[{"prompt": "a", "completion": "b"}]]',
+        "a row over lines": b'{\n  "prompt": "a", "completion": "b"\n}',
+        "cut": b'[{"prompt": "a", "completion": "b"},',
+        "cut in a row": b'[{"prompt": "a", "completion": "b"}, {"prompt": "a", "comp',
+        "no comma": b'[{"prompt": "a", "completion": "b"} {"prompt": "a", "completion": "b"}]',
+        "a comma at the end": b'[{"prompt": "a", "completion": "b"},]',
+        "more after the end": b'[{"prompt": "a", "completion": "b"}]\n[]',
+        "deep": b"[" * 100_000,
+        "a huge number": b"[" + b"9" * 100_000 + b"]",
+        "not UTF-8": b'[{"prompt": "\xff", "completion": "b"}]',
+        "UTF-16": '[{"prompt": "a", "completion": "b"}]'.encode("utf-16"),
+    },
+    "a.jsonl.gz": {
+        "not packed": b'{"prompt": "a", "completion": "b"}',
+        "nothing": b"",
+        "cut": gzip.compress(GOOD.encode() * 100)[:-9],
+        "changed": gzip.compress(GOOD.encode())[:-8] + bytes(8),
+        "no deflate": gzip.compress(GOOD.encode())[:10] + b"\xff" * 40,
+        "a bomb": bomb(b"", b" "),
+    },
+    "a.json.gz": {
+        "a bomb of spaces": bomb(b"[", b" "),
+        "a bomb of a row": bomb(b'[{"prompt": "', b"a"),
+        "a bomb after the end": bomb(b"[]", b" "),
+        "a bomb of brackets": bomb(b"", b"["),
+    },
+    "a.csv.gz": {"a bomb": bomb(b"prompt,completion\n", b"a"), "not packed": b"prompt,completion\na,b\n"},
+    "a.parquet.gz": {"packed": gzip.compress(b"PAR1")},
+    "a.gz": {"no ending": gzip.compress(GOOD.encode())},
+    "a.txt": {"another ending": b"{}"},
     "a": {"no ending": b"{}"},
 }
 
