@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jlora.following import FollowingLeaf, Labels, Product, spread
 from jlora.leaves import RANK, contract
 from jlora.lora import Adapter, axes_of, leaf_key
-from jlora.methods.plant import leaves_of, plant
+from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of
 from jlora.tree import LAYER, Targets, layer_of
 
@@ -104,10 +104,12 @@ class AdapterLayer(Adapter):
         """Dropout does not apply: it is that of LoRA's input."""
         if self.names is None:
             return self.leaf(w, path, {})
-        kernel, bias = self.names
-        if w.get(bias) is None:
-            raise ValueError(f"{path}/{bias} trains as well: make the method that trains it first, the adapters after")
-        return {**w, kernel: self.leaf(w[kernel], f"{path}/{kernel}", {"bias": w[bias]})}
+        (kernel, bias), leaves = self.names, leaves_of(w)
+        if bias not in leaves:
+            raise ValueError(
+                f"{within(path, bias)} trains as well: make the method that trains it first, the adapters after"
+            )
+        return replaced(w, {kernel: self.leaf(leaves[kernel], within(path, kernel), {"bias": leaves[bias]})})
 
     def leaf(self, w: Any, path: str, extra: dict[str, Any]) -> AdapterLeaf:
         # all of a skipped layer's are zero, so that it adds zero

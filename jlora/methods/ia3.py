@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.lora import Adapter, axes_of
-from jlora.methods.plant import leaves_of, plant
+from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of
 from jlora.methods.scaled import ScaledLeaf
 from jlora.tree import Targets
@@ -35,9 +35,9 @@ class Ia3(Adapter):
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
         if self.names is None:
             return ScaledLeaf(w, {"scale": self.scale}, (("scale", self.axes),), path)
-        kernel, bias = self.names
-        leaf = ScaledLeaf(w[kernel], {"scale": self.scale}, (("scale", self.axes),), f"{path}/{kernel}")
-        return {**w, kernel: leaf, bias: (w[bias] * self.scale).astype(w[bias].dtype)}
+        (kernel, bias), leaves = self.names, leaves_of(w)
+        leaf = ScaledLeaf(leaves[kernel], {"scale": self.scale}, (("scale", self.axes),), within(path, kernel))
+        return replaced(w, {kernel: leaf, bias: (leaves[bias] * self.scale).astype(leaves[bias].dtype)})
 
     def describe(self) -> str:
         return f"scaled by {list(self.scale.shape)}"

@@ -21,8 +21,8 @@ import numpy as np
 
 from jlora.leaves import is_implicit
 from jlora.lora import Adapter
-from jlora.methods.plant import leaves_of
-from jlora.tree import STACK, Targets, path_of, select
+from jlora.methods.plant import leaves_of, replaced
+from jlora.tree import STACK, Targets, select
 
 ENTRIES = 4
 BLOCK = 1 << 18
@@ -132,8 +132,7 @@ class Subspace(Adapter):
                 scale = self.scales[name]
                 delta = delta * scale.reshape(scale.shape + (1,) * (base.ndim - scale.ndim))
             moved[name] = (base + delta).astype(base.dtype)
-        at = lambda keys, leaf: moved.get(path_of(keys), leaf)
-        return jax.tree_util.tree_map_with_path(at, w, is_leaf=is_implicit)
+        return replaced(w, moved)
 
     def describe(self) -> str:
         return f"{self.theta.size:,} numbers, {self.projection}, in {len(self.chosen)} weights"

@@ -21,32 +21,42 @@ def plant(params: Any, made: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
     """(frozen, trained): `made` gives (the frozen leaf or None, the trained entry) by path; the rest stays frozen.
 
     An entry may stand at a module's path, in place of all its leaves, which then stay in `frozen` as they are.
+    Raises ValueError for a path at which the tree has nothing.
     """
+    leaves, found = leaves_of(params), set[str]()
+    modules = made.keys() - leaves.keys()
 
-    def part(n: int) -> Any:
-        def at(keys: Any, leaf: Any) -> Any:
-            path = path_of(keys)
-            return made[path][n] if path in made else (leaf if n == 0 else None)
+    def is_module(keys: Any, node: Any) -> bool:
+        return is_implicit(node) or path_of(keys) in modules
 
-        return jax.tree_util.tree_map_with_path(at, params, is_leaf=is_implicit)
+    def kept(keys: Any, leaf: Any) -> Any:
+        path = path_of(keys)
+        return made[path][0] if path in made else leaf
 
-    trained, leaves = part(1), leaves_of(params)
-    for path, (_, entry) in made.items():
-        if path not in leaves:
-            trained = put(trained, path.split("/"), entry)
-    return part(0), trained
+    def entry(keys: Any, _: Any) -> Any:
+        path = path_of(keys)
+        found.add(path)
+        return made[path][1] if path in made else None
+
+    walk = jax.tree_util.tree_map_with_path
+    trained = walk(entry, params, is_leaf=is_module, is_leaf_takes_path=True)
+    for path in made:
+        if path not in found:
+            raise ValueError(
+                f"{path}: one entry for several weights stands at their module's node, and the tree has none there "
+                "(names are flat): nest it by module"
+            )
+    return walk(kept, params, is_leaf=is_implicit), trained
 
 
-def put(tree: Any, names: list[str], value: Any) -> Any:
-    """`tree`, of nested mappings, with `value` at these names. Raises ValueError where it is no mapping."""
-    if not names:
-        return value
-    if not isinstance(tree, Mapping):
-        raise ValueError(
-            f"an entry for the module {'/'.join(names)} needs a tree of mappings, not {type(tree).__name__}"
-        )
-    head, *rest = names
-    return type(tree)({**tree, head: put(tree[head], rest, value)})  # pyright: ignore[reportCallIssue]
+def within(module: str, name: str) -> str:
+    """The path of what is at `name` in a module, which may be the whole tree ("")."""
+    return f"{module}/{name}" if module else name
+
+
+def replaced(node: Any, new: Mapping[str, Any]) -> Any:
+    """`node`, of any kind of tree, with the leaves that `new` gives by their path in it."""
+    return jax.tree_util.tree_map_with_path(lambda keys, x: new.get(path_of(keys), x), node, is_leaf=is_implicit)
 
 
 def whole(params: Any, chosen: list[str]) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 from jlora.following import FollowingLeaf, Labels, Product
 from jlora.leaves import RANK, ImplicitLeaf, is_implicit
 from jlora.lora import Adapter, axes_of, leaf_key
-from jlora.methods.plant import leaves_of, plant
+from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import POINTS, find, layout_of
 
 
@@ -156,12 +156,8 @@ class PrefixLayer(Adapter):
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
-        out = dict(w)
-        for name in self.names:
-            module, leaf = name.split("/")
-            whole = PrefixLeaf(w[module][leaf], {"prefix": self.prefix}, (("prefix", self.axes),), f"{path}/{name}")
-            out[module] = {**out[module], leaf: whole}
-        return out
+        leaves, beside, axes = leaves_of(w), {"prefix": self.prefix}, (("prefix", self.axes),)
+        return replaced(w, {name: PrefixLeaf(leaves[name], beside, axes, within(path, name)) for name in self.names})
 
     def describe(self) -> str:
         return f"{self.prefix.shape[-2]} columns of {', '.join(self.names)}"
@@ -246,8 +242,8 @@ def layer(
     for module, names in modules.items():
         if len(names) != (1 if fused else 2):
             raise ValueError(f"{module} has {names}: a key's and a value's weight are needed side by side")
-        w = leaves[f"{module}/{names[0]}"]
-        layout = layout_of(f"{module}/{names[0]}", w, layouts)
+        path = within(module, names[0])
+        w, layout = leaves[path], layout_of(path, leaves[path], layouts)
         stack, inputs = axes_of(layout, "s"), axes_of(layout, "i")
         shape = (*(w.shape[ax] for ax in stack), n, *(w.shape[ax] for ax in inputs))
         drawn = (size * jax.random.normal(leaf_key(key, module), shape)).astype(dtype)
