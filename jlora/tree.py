@@ -22,9 +22,22 @@ STACK = re.compile(r"(?:^|/)(?:layers?|blocks?|h)/(?!\d+(?:/|$))")
 NUMBER = re.compile(r"(?:^|[/_])(\d+)(?=/|$)")
 
 
+FLAX = {"kernel", "bias", "scale", "embedding", "mean", "var"}
+
+
 def path_of(keys: tuple[Any, ...]) -> str:
-    """A leaf's key path joined by slashes: "layers/self_attn/q_proj/kernel"."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+    """A leaf's key path joined by slashes: "layers/self_attn/q_proj/kernel".
+
+    Flax's boxes of arrays (nnx.Param, nn.Partitioned) add no name: a boxed tree has the plain one's paths.
+    """
+    return jax.tree_util.keystr(keys[:-1] if boxed(keys) else keys, simple=True, separator="/")
+
+
+def boxed(keys: tuple[Any, ...]) -> bool:
+    """Whether the last key is a box's `.value`; an attribute of that name in a module of Equinox is a weight's own."""
+    if len(keys) < 2 or keys[-1] != jax.tree_util.GetAttrKey("value"):
+        return False
+    return isinstance(keys[-2], jax.tree_util.DictKey) or getattr(keys[-2], "name", None) in FLAX
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:

@@ -11,6 +11,9 @@ import pytest
 from flax import nnx
 
 import jlora
+from jlora.methods import bitfit
+from jlora.methods.plant import entries_of
+from jlora.tree import paths, size
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (8, 6))
@@ -109,6 +112,22 @@ def test_train_freeze_merge(name):
     want = apply(jlora.combine(frozen, lora), X)
     np.testing.assert_allclose(f(jlora.merge(frozen, lora), X), want, atol=1e-5 * np.abs(want).max())
     assert jax.tree.structure(jlora.merge(frozen, lora)) == jax.tree.structure(params)
+
+
+def test_the_names_of_boxed_weights_are_those_of_plain_ones():
+    """Biases are found by name in NNX's state and in a stack of boxed weights, and get no factors."""
+    _, state = from_nnx()
+    plain = nnx.to_pure_dict(state)
+    for train in (bitfit.make, lambda p: jlora.lorafy(p, config=jlora.LoraConfig(r=2, bias="all"))):
+        boxed, bare = (train(params)[1] for params in (state, plain))
+        assert list(paths(boxed)) and size(boxed) == size(bare)
+        assert entries_of(boxed).keys() == entries_of(bare).keys() >= {"up/bias", "down/bias"}
+        for a, b in zip(jax.tree.leaves(boxed), jax.tree.leaves(bare), strict=True):
+            np.testing.assert_array_equal(a, b)
+    stack = {"kernel": np.ones((3, 6, 6)), "bias": np.ones((3, 6)), "scale": np.ones((3, 6))}
+    stack = {name: nn.Partitioned(x, ("layers",)) for name, x in stack.items()}
+    _, lora = jlora.lorafy({"layers": stack}, 2, layouts={"kernel": "sio"})
+    assert list(entries_of(lora)) == ["layers/kernel"]
 
 
 @pytest.mark.parametrize("name", MODELS)

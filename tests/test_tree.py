@@ -1,9 +1,14 @@
 """Paths, names and counts of trees, against what is written here by hand."""
 
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jlora import tree
 
@@ -18,6 +23,24 @@ def test_paths_are_joined_keys_in_tree_order():
     assert list(found) == ["layers/mlp", Q] and found["layers/mlp"] is TREE["layers"]["mlp"]
     keyed, treedef = tree.flatten(TREE)
     assert jax.tree.unflatten(treedef, [leaf for _, leaf in keyed])["layers"]["mlp"][1] is None
+
+
+def test_a_box_of_flax_adds_no_name_and_a_weight_called_value_keeps_its_own():
+    class Dense(nnx.Module):
+        def __init__(self):
+            self.up, self.table = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param(jnp.ones(2))
+
+    _, state = nnx.split(Dense())
+    assert list(tree.paths(state)) == ["table", "up/bias", "up/kernel"]
+    assert {"up/bias", "up/kernel"} < set(tree.paths(Dense()))
+    assert list(tree.paths({"w": nn.Partitioned(jnp.ones(2), ("a",)), "value": jnp.ones(2)})) == ["value", "w"]
+
+    class Attention(eqx.Module):
+        inner: Any
+        value: Any
+
+    own = Attention(Attention(None, jnp.ones(2)), jnp.ones(2))
+    assert list(tree.paths(own)) == ["inner/value", "value"]
 
 
 @pytest.mark.parametrize(

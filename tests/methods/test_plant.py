@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jlora
 from jlora.methods import adapter, ia3, prefix
@@ -44,12 +45,39 @@ def alone():
     return lambda p, x: x @ p["kernel"] + p["bias"], {"kernel": DRAW[0], "bias": DRAW[1, 0]}, "", None
 
 
+def of_nnx():
+    class Mlp(nnx.Module):
+        def __init__(self, rngs):
+            self.up, self.down = nnx.Linear(6, 12, rngs=rngs), nnx.Linear(12, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.gelu(self.up(x)))
+
+    graph, state = nnx.split(Mlp(nnx.Rngs(0)))
+    state = jax.tree.map(lambda x: x + 0.1, state)
+    return lambda p, x: nnx.merge(graph, p)(x), state, "up", None
+
+
+def boxed():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", None))
+    model = nn.Sequential([nn.Dense(12, kernel_init=init, bias_init=nn.initializers.ones), nn.relu, nn.Dense(6)])
+    return lambda p, x: model.apply({"params": p}, x), model.init(KEY, X)["params"], "layers_0", None
+
+
 def linen():
     model = nn.Sequential([nn.Dense(12, bias_init=nn.initializers.ones), nn.relu, nn.Dense(6)])
     return lambda p, x: model.apply({"params": p}, x), model.init(KEY, X)["params"], "layers_0", None
 
 
-MODELS = {"haiku": haiku, "equinox": equinox, "named tuples": named_tuples, "alone": alone, "linen": linen}
+MODELS = {
+    "haiku": haiku,
+    "equinox": equinox,
+    "named tuples": named_tuples,
+    "alone": alone,
+    "linen": linen,
+    "nnx": of_nnx,
+    "boxed": boxed,
+}
 
 
 def under(path, module):
