@@ -20,7 +20,7 @@ from jlora.config import LoraConfig
 from jlora.inits import CHANGES_BASE, INITS
 from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
 from jlora.targets import BIAS, check_layouts, letters_of, targeted
-from jlora.tree import Targets, first_match, path_of, paths, select
+from jlora.tree import Targets, first_match, names_in, path_of, paths, select
 
 
 class Adapter:
@@ -190,7 +190,7 @@ def fully_trained(config: LoraConfig, leaves: Mapping[str, Any], what: str) -> s
     train: Targets = config.modules_to_save
     whole = set(select(train, leaves, what) if train else ())
     if config.bias == "all":
-        whole |= {path for path in leaves if path.rsplit("/", 1)[-1] in BIAS}
+        whole |= {path for path in leaves if names_in(path)[-1] in BIAS}
     elif config.bias != "none":
         raise ValueError(f"bias={config.bias!r} is not known: use 'none' or 'all', or name biases in modules_to_save")
     return whole

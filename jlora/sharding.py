@@ -25,7 +25,7 @@ from jlora.models.attention import Attention, attending, plain
 from jlora.quant.leaf import QuantisedLeaf, dividing
 from jlora.sequence import over_mesh
 from jlora.targets import EMBEDDING, is_matrix, letters
-from jlora.tree import path_of, paths
+from jlora.tree import path_of, paths, slashed
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 BATCH = ("data", "fsdp")
@@ -113,7 +113,8 @@ def weight_spec(path: str, leaf: Any, layouts: Mapping[str, Any] | None, mesh: M
     if len(stack) > 1 or (stack and "expert" in path):
         split("expert", stack[-1:])
     # an embedding is split along its vocabulary, as the head is
-    first, second = (i_axes, o_axes) if ROWS.search(path) or EMBEDDING.search(path) else (o_axes, i_axes)
+    inputs_first = any(one.search(slashed(path)) for one in (ROWS, EMBEDDING))
+    first, second = (i_axes, o_axes) if inputs_first else (o_axes, i_axes)
     split("tensor", first)
     split("fsdp", second if any(spec[ax] is None for ax in second) else first)
     return PartitionSpec(*spec)

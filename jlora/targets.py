@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.config import LoraConfig
-from jlora.tree import layer_of, matches, select
+from jlora.tree import layer_of, matches, names_in, select, slashed
 
 GROUPS = {
     "all-linear": re.compile(""),
@@ -73,7 +73,7 @@ def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str
 
 def in_group(name: str, matrices: Iterable[str], layouts: Mapping[str, Any] | None) -> list[str]:
     """The linear weights of one of `GROUPS`."""
-    return [path for path in matrices if GROUPS[name].search(path) and is_linear(path, layouts)]
+    return [path for path in matrices if GROUPS[name].search(slashed(path)) and is_linear(path, layouts)]
 
 
 def named(pattern: str, matrices: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
@@ -98,14 +98,14 @@ def is_matrix(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> bool:
     if said is not None:
         letters = str(getattr(said, "letters", said))
         return "i" in letters and "o" in letters
-    return path.rsplit("/", 1)[-1] not in VECTOR
+    return names_in(path)[-1] not in VECTOR
 
 
 def is_linear(path: str, layouts: Mapping[str, Any] | None) -> bool:
     """Whether a matrix belongs to "all-linear": no embedding and no head (as in PEFT)."""
     kind = getattr(known(path, layouts), "kind", None)
-    by_name = "embedding" if EMBEDDING.search(path) else "linear"
-    return (kind or by_name) in ("linear", "conv") and not HEAD & set(path.split("/"))
+    by_name = "embedding" if EMBEDDING.search(slashed(path)) else "linear"
+    return (kind or by_name) in ("linear", "conv") and not HEAD & set(names_in(path))
 
 
 def letters(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
@@ -117,7 +117,7 @@ def letters(path: str, leaf: Any, layouts: Mapping[str, Any] | None) -> str:
     if isinstance(own, str):
         return own
     # Equinox and torch keep `weight` as (out, in); Flax and Haiku `kernel` and `w` as (in, out)
-    out_first = path.rsplit("/", 1)[-1] == "weight" and not EMBEDDING.search(path)
+    out_first = names_in(path)[-1] == "weight" and not EMBEDDING.search(slashed(path))
     return "" if len(leaf.shape) != 2 else "oi" if out_first else "io"
 
 

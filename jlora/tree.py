@@ -16,10 +16,24 @@ Targets: TypeAlias = str | Iterable[str] | Callable[[str, Any], bool]
 REGEX = re.compile(r"[\\^$*+?\[\](){}|]")
 
 LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)[_/](\d+)(?=/|$)")
-"""The number of a layer that is called one: layers_3/..., h/3/..."""
+"""The number of a layer that is called one: layers_3/..., h/3/...; as the next two, searched in `slashed` paths."""
 STACK = re.compile(r"(?:^|/)(?:layers?|blocks?|h)/(?!\d+(?:/|$))")
 """A weight whose rows are layers: layers/..., without a number."""
 NUMBER = re.compile(r"(?:^|[/_])(\d+)(?=/|$)")
+
+
+def slashed(path: str) -> str:
+    """A path with slashes alone between its names, which torch's flat names ("layers.0.q_proj.weight") part by dots."""
+    return path.replace(".", "/")
+
+
+def names_in(path: str) -> list[str]:
+    return slashed(path).split("/")
+
+
+def module_of(path: str) -> str:
+    """The path without its last name, "" for a leaf of the root."""
+    return path.removesuffix(names_in(path)[-1])[:-1]
 
 
 FLAX = {"kernel", "bias", "scale", "embedding", "mean", "var"}
@@ -61,7 +75,7 @@ def matches(pattern: str, path: str) -> bool:
             return re.search(pattern, path) is not None
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regex: {error}") from None
-    return f"/{pattern.strip('/').replace('.', '/')}/" in f"/{path.replace('.', '/')}/"
+    return f"/{slashed(pattern.strip('/'))}/" in f"/{slashed(path)}/"
 
 
 def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -74,6 +88,7 @@ def layer_of(path: str) -> int | None:
 
     None where there is none, or where the layers are rows of the weight (layers/Dense_0/kernel).
     """
+    path = slashed(path)
     found = LAYER.search(path) or (None if STACK.search(path) else NUMBER.search(path))
     return int(found[1]) if found else None
 
@@ -99,7 +114,7 @@ def select(targets: Targets, leaves: Mapping[str, Any], what: str = "targets") -
 
 def near(pattern: str, leaves: Iterable[str]) -> str:
     """A sentence's end that lists the names closest to `pattern` among path components and whole paths."""
-    words = {part: None for path in leaves for part in (path, *path.split("/"))}
+    words = {part: None for path in leaves for part in (path, *names_in(path))}
     close = difflib.get_close_matches(pattern, list(words), n=4, cutoff=0.5)
     some = close or [word for word in words if "/" in word][:4] or list(words)[:4]
     return f"; {'near' if close else 'there are'}: {', '.join(some)}" if some else "; the tree has no leaves"

@@ -8,6 +8,8 @@ import pytest
 
 import jlora
 from jlora.lora import is_adapter
+from jlora.methods import bitfit, full, ia3
+from jlora.methods.plant import entries_of
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.deberta import Deberta, DebertaConfig
 from jlora.models.gpt2 import GPT2, GPT2Config
@@ -90,3 +92,40 @@ def test_a_path_of_its_own_goes_before_a_longer_one_and_that_before_a_pattern():
     layouts = {"decoder/head/kernel": "sio", "head/kernel": "ioo"}
     _, lora = jlora.lorafy(params, 2, targets="kernel", layouts=layouts)
     assert (lora["head"]["kernel"].layout, lora["decoder"]["head"]["kernel"].layout) == ("ioo", "sio")
+
+
+SHAPES = {"weight": (4, 4), "bias": 4}
+FLAT = {
+    "model.embed_tokens.weight": jnp.ones((7, 4)),
+    **{f"model.layers.{n}.self_attn.q_proj.{name}": jnp.ones(s) for n in (0, 1) for name, s in SHAPES.items()},
+    "model.layers.0.mlp.fc1.weight": jnp.ones((6, 4)),
+    "model.ln_f.weight": jnp.ones(4),
+    "lm_head.weight": jnp.ones((7, 4)),
+}
+
+
+def unflatten(flat):
+    tree = {}
+    for path, leaf in flat.items():
+        *modules, name = path.split(".")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[name] = leaf
+    return tree
+
+
+def test_flat_names_with_dots_are_read_as_nested_ones():
+    """Axes, the head, groups, biases and layers, of a state dict as of torch."""
+    nested = unflatten(FLAT)
+    same = lambda lora: {path.replace(".", "/"): entry for path, entry in entries_of(lora).items()}
+    for options in ({}, {"targets": "mlp"}, {"config": jlora.LoraConfig(r=2, bias="all", layers_to_transform=1)}):
+        flat, want = (same(jlora.lorafy(params, 2, **options)[1]) for params in (FLAT, nested))
+        assert flat.keys() == want.keys() and "lm_head/weight" not in flat
+        assert [getattr(x, "layout", "") for x in flat.values()] == [getattr(want[p], "layout", "") for p in flat]
+    for make in (bitfit.make, bitfit.norms, lambda p: full.top(p, 1)):
+        assert same(make(FLAT)[1]).keys() == same(make(nested)[1]).keys()
+    with pytest.raises(ValueError, match=r"^model.layers.0.self_attn.q_proj: one entry for several weights"):
+        ia3.make(FLAT, targets="q_proj", feedforward=())
+    _, scaled = ia3.make(FLAT, targets=(), feedforward="fc1")
+    assert entries_of(scaled)["model.layers.0.mlp.fc1.weight"].scale.shape == (4,)

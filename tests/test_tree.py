@@ -110,6 +110,8 @@ def test_near_lists_four_names_or_says_that_there_is_none():
         ("mlp/linear_2/w", 2),
         ("layers/self_attn/q_proj/kernel", None),
         ("layers/Dense_0/kernel", None),  # rows of a stack
+        ("model.layers.3.mlp.weight", 3),
+        ("layers.mlp.weight", None),
         ("conv2d/kernel", None),
     ],
 )

@@ -22,7 +22,7 @@ from jlora.leaves import RANK, contract
 from jlora.lora import Adapter, axes_of, leaf_key
 from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of
-from jlora.tree import LAYER, Targets, layer_of
+from jlora.tree import LAYER, Targets, layer_of, module_of, names_in, slashed
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}
 KINDS: dict[str, dict[str, Any]] = {
@@ -162,7 +162,7 @@ def make(
         w = leaves[path]
         layout = layout_of(path, w, layouts)
         stack, inner, outer = (axes_of(layout, letters) for letters in ("s", "i" if parallel else "o", "o"))
-        rows = bool(stack) and not LAYER.search(path)  # a numbered layer's stack is of experts
+        rows = bool(stack) and not LAYER.search(slashed(path))  # a numbered layer's stack is of experts
         number, skipped = (None, drop) if rows else (layer_of(path), 0)
         told |= rows or number is not None
         if (number is not None and number < drop) or (rows and skipped >= w.shape[stack[0]]):
@@ -192,8 +192,8 @@ def make(
         if bias is None:
             made[path] = (w, entry)
         else:
-            module, names = path.rpartition("/")[0], (path.rpartition("/")[2], bias.rpartition("/")[2])
-            made[module] = (None, dataclasses.replace(entry, names=names))
+            names = (names_in(path)[-1], names_in(bias)[-1])
+            made[module_of(path)] = (None, dataclasses.replace(entry, names=names))
     if drop and not told:
         raise ValueError(f"drop={drop}: no layer number in {chosen[0]}")
     if not made:

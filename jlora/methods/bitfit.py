@@ -10,6 +10,7 @@ from typing import Any
 
 from jlora.methods.plant import leaves_of, whole
 from jlora.targets import BIAS, known
+from jlora.tree import names_in, slashed
 
 NORM = re.compile(r"norm|(^|/)ln_?\w*(/|$)", re.I)
 NORM_WEIGHT = BIAS | {"scale", "weight", "gamma", "g"}
@@ -23,14 +24,18 @@ def make(params: Any, *, layouts: Any = None, key: Any = None) -> tuple[Any, Any
 
     def is_bias(path: str) -> bool:
         kind = getattr(known(path, layouts), "kind", None)
-        return kind == "bias" if kind else path.rsplit("/", 1)[-1] in BIAS
+        return kind == "bias" if kind else names_in(path)[-1] in BIAS
 
     return only(params, is_bias, "bias")
 
 
 def norms(params: Any, *, key: Any = None) -> tuple[Any, Any]:
     """(frozen, trained): only the scales and biases of LayerNorms (or RMSNorms) train."""
-    return only(params, lambda path: NORM.search(path) is not None and path.rsplit("/", 1)[-1] in NORM_WEIGHT, "norm")
+
+    def is_norm(path: str) -> bool:
+        return NORM.search(slashed(path)) is not None and names_in(path)[-1] in NORM_WEIGHT
+
+    return only(params, is_norm, "norm")
 
 
 def only(params: Any, wanted: Any, what: str) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jlora.lora import Adapter, only_plain
 from jlora.methods.plant import leaves_of, plant, whole
-from jlora.tree import LAYER, STACK, Targets, select
+from jlora.tree import LAYER, STACK, Targets, select, slashed
 
 
 @jax.tree_util.register_dataclass
@@ -47,8 +47,8 @@ def top(params: Any, layers: int, *, also: Targets = (), key: Any = None) -> tup
     leaves = leaves_of(params)
     extra = select(also, leaves, "also") if callable(also) or list(also) else []
     made = {path: (None, leaves[path]) for path in extra}
-    numbers = {path: int(found[1]) for path in leaves if (found := LAYER.search(path))}
-    stacked = [path for path in leaves if STACK.search(path) and path not in numbers]
+    numbers = {path: int(found[1]) for path in leaves if (found := LAYER.search(slashed(path)))}
+    stacked = [path for path in leaves if STACK.search(slashed(path)) and path not in numbers]
     count = max(numbers.values()) + 1 if numbers else leaves[stacked[0]].shape[0] if stacked else 0
     if not 1 <= layers <= count:
         raise ValueError(f"top {layers} layers: the tree has {count}; paths look like {next(iter(leaves), 'none')}")

@@ -17,7 +17,7 @@ from jlora.lora import Adapter, axes_of
 from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of
 from jlora.methods.scaled import ScaledLeaf
-from jlora.tree import Targets
+from jlora.tree import Targets, module_of, names_in
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +68,6 @@ def make(
         if bias is None:
             made[path] = (w, Ia3(ones, axes))
         else:
-            module, names = path.rpartition("/")[0], (path.rpartition("/")[2], bias.rpartition("/")[2])
-            made[module] = (None, Ia3(ones, axes, names))
+            names = (names_in(path)[-1], names_in(bias)[-1])
+            made[module_of(path)] = (None, Ia3(ones, axes, names))
     return plant(params, made)

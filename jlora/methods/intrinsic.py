@@ -22,7 +22,7 @@ import numpy as np
 from jlora.leaves import is_implicit
 from jlora.lora import Adapter
 from jlora.methods.plant import leaves_of, replaced
-from jlora.tree import STACK, Targets, select
+from jlora.tree import STACK, Targets, select, slashed
 
 ENTRIES = 4
 BLOCK = 1 << 18
@@ -160,7 +160,7 @@ def make(
         raise ValueError(f"projection {projection!r} is not known: {', '.join(PROJECTIONS)} are")
     leaves = leaves_of(params)
     chosen = tuple(
-        (path, leaves[path].shape[0] if STACK.search(path) and len(leaves[path].shape) > 1 else 0)
+        (path, leaves[path].shape[0] if STACK.search(slashed(path)) and len(leaves[path].shape) > 1 else 0)
         for path in select(train, leaves, "train")
         if jnp.issubdtype(leaves[path].dtype, jnp.floating)
     )

@@ -21,7 +21,7 @@ from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3, intrin
 from jlora.methods.plant import leaves_of
 from jlora.methods.points import POINTS, find
 from jlora.methods.together import flat, together
-from jlora.tree import Targets
+from jlora.tree import Targets, slashed
 
 EVERY = ("all-linear",)
 
@@ -134,7 +134,7 @@ def by_ia3(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, A
     if c.targets == EVERY:
         return ia3.make(params, layouts=layouts)
     chosen = find(c.targets, leaves_of(params), layouts, "targets")
-    inputs = {path for path in chosen if re.search(POINTS["mlp out"], path)}
+    inputs = {path for path in chosen if re.search(POINTS["mlp out"], slashed(path))}
     outputs = set(chosen) - inputs
     among = lambda names: (lambda path, leaf: path in names) if names else ()
     return ia3.make(params, targets=among(outputs), feedforward=among(inputs), layouts=layouts)

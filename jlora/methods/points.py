@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.targets import GROUPS, in_group, is_matrix, known, letters_of
-from jlora.tree import STACK, Targets, near, select
+from jlora.tree import STACK, Targets, names_in, near, select, slashed
 
 POINTS = {
     "key": r"(^|/)(k_proj|key|key_proj|k_lin)/[^/]+$",
@@ -32,7 +32,7 @@ def find(points: Targets, leaves: Mapping[str, Any], layouts: Any, what: str) ->
     chosen: set[str] = set()
     for point in [points] if isinstance(points, str) else points:
         if point in POINTS:
-            found = {path for path in matrices if re.search(POINTS[point], path)}
+            found = {path for path in matrices if re.search(POINTS[point], slashed(path))}
         elif point in GROUPS:
             found = set(in_group(point, matrices, layouts))
         else:
@@ -45,12 +45,11 @@ def find(points: Targets, leaves: Mapping[str, Any], layouts: Any, what: str) ->
 
 def bias_of(path: str, leaves: Mapping[str, Any]) -> str | None:
     """The path of the bias added after the product with this weight: `bias` or `b` beside it, or None."""
-    module = path.rpartition("/")[0]
-    names = (f"{module}/{name}" if module else name for name in ("bias", "b"))
-    return next((name for name in names if name in leaves), None)
+    stem = path.removesuffix(names_in(path)[-1])
+    return next((stem + name for name in ("bias", "b") if stem + name in leaves), None)
 
 
 def layout_of(path: str, leaf: Any, layouts: Any) -> str:
     """As `targets.letters_of`, a weight [s, i, o] of a scanned model being told from its name `kernel`."""
-    rows = len(leaf.shape) == 3 and path.endswith("/kernel") and STACK.search(path)
+    rows = len(leaf.shape) == 3 and path.endswith("/kernel") and STACK.search(slashed(path))
     return "sio" if rows and known(path, layouts) is None else letters_of(path, leaf, layouts)

@@ -28,6 +28,7 @@ from jlora.leaves import RANK, ImplicitLeaf, is_implicit
 from jlora.lora import Adapter, axes_of, leaf_key
 from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import POINTS, find, layout_of
+from jlora.tree import module_of, slashed
 
 
 @jax.tree_util.register_dataclass
@@ -234,16 +235,15 @@ def layer(
     if n < 1:
         raise ValueError(f"{n} columns: at least 1 is needed")
     modules: dict[str, list[str]] = {}
-    fused = any(re.search(POINTS["fused"], path) for path in leaves)
+    fused = any(re.search(POINTS["fused"], slashed(path)) for path in leaves)
     for path in find("fused" if fused else ("key", "value"), leaves, layouts, "points"):
-        *module, name, leaf = path.split("/")
-        modules.setdefault("/".join(module), []).append(f"{name}/{leaf}")
+        modules.setdefault(module_of(module_of(path)), []).append(path)
     made: dict[str, tuple[Any, Any]] = {}
-    for module, names in modules.items():
+    for module, found in modules.items():
+        names = [path.removeprefix(module).lstrip("/.") for path in found]
         if len(names) != (1 if fused else 2):
             raise ValueError(f"{module} has {names}: a key's and a value's weight are needed side by side")
-        path = within(module, names[0])
-        w, layout = leaves[path], layout_of(path, leaves[path], layouts)
+        w, layout = leaves[found[0]], layout_of(found[0], leaves[found[0]], layouts)
         stack, inputs = axes_of(layout, "s"), axes_of(layout, "i")
         shape = (*(w.shape[ax] for ax in stack), n, *(w.shape[ax] for ax in inputs))
         drawn = (size * jax.random.normal(leaf_key(key, module), shape)).astype(dtype)
