@@ -61,7 +61,7 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
     Matrices are recognised by shape, so audit with a batch whose number of tokens is no dimension of a weight.
     """
     compiled = (step if hasattr(step, "lower") else jax.jit(step)).lower(*args).compile()
-    weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if len(wide(leaf.shape)) > 1}
+    weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if len(wide(shape_of(leaf))) > 1}
     problems = [*in_program(compiled.as_text() or "", weights), *in_state(opt_state, weights, lora)]
     memory = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
@@ -75,6 +75,11 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
     }
     copies = copied(compiled.as_text() or "", weights)
     return Audit(tuple(dict.fromkeys(problems)), cost.get("flops"), counts, tuple(dict.fromkeys(copies)))
+
+
+def shape_of(leaf: Any) -> Shape:
+    """() for what is no array: an activation function or a number among the leaves."""
+    return tuple(getattr(leaf, "shape", ()))
 
 
 def wide(shape: Any) -> Shape:
@@ -148,10 +153,10 @@ def contracted(rest: str, dims: dict[str, list[int]]) -> str:
 
 def in_state(opt_state: Any, weights: dict[str, Any], lora: Any) -> list[str]:
     """Optimiser arrays that have a frozen matrix's shape and no trained leaf's."""
-    trained = {tuple(leaf.shape) for leaf in jax.tree.leaves(lora)}
+    trained = {shape_of(leaf) for leaf in jax.tree.leaves(lora)}
     problems: list[str] = []
     for path, leaf in paths(opt_state, is_implicit).items():
-        shape = tuple(getattr(leaf, "shape", ()))
+        shape = shape_of(leaf)
         owner = next((p for p, w in weights.items() if tuple(w.shape) == shape), None)
         if owner is not None and shape not in trained:
             problems.append(f"the optimiser keeps {path} {list(shape)} for the frozen {owner}")

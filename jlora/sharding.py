@@ -75,7 +75,8 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
 
     layouts: as `lorafy` takes them; a quantised leaf knows its own. A matrix's input and output axes are split over
     `fsdp` and `tensor`, an expert axis (the last of several s, or the s of a path with "expert") over `expert`; a stack
-    of layers is never split, nor is an axis whose size the mesh does not divide.
+    of layers is never split, nor is an axis whose size the mesh does not divide. What is no array (an activation
+    function among a module's leaves) has an empty spec, and `place` leaves it as it is.
     min_size: leaves with fewer elements are replicated: gathering them would cost more than keeping them.
     """
 
@@ -83,6 +84,8 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
         path = path_of(keys)
         if is_adapter(leaf):
             return adapter_specs(leaf, path, layouts, mesh, min_size)
+        if not hasattr(leaf, "shape"):
+            return PartitionSpec()
         small = math.prod(leaf.shape) < min_size
         spec = PartitionSpec() if small else weight_spec(path, leaf, layouts, mesh)
         if not is_implicit(leaf):
@@ -148,13 +151,13 @@ def weight_shape(factors: LoraFactors) -> tuple[int, ...]:
 
 def like(state: Any, trained: Any, trained_specs: Any) -> Any:
     """Specs of an optimiser's state: arrays that mirror a trained leaf (same path and shape) follow it."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in paths(trained).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in paths(trained).items() if hasattr(leaf, "shape")}
     wanted = paths(trained_specs)
 
     def at(keys: Any, leaf: Any) -> PartitionSpec:
         path = path_of(keys)
         for own, shape in shapes.items():
-            if tuple(leaf.shape) == shape and (path == own or path.endswith("/" + own)):
+            if getattr(leaf, "shape", None) == shape and (path == own or path.endswith("/" + own)):
                 return wanted[own]
         return PartitionSpec()
 
@@ -166,6 +169,8 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
     every one gives the whole value and keeps its own part."""
 
     def at(leaf: Any, spec: PartitionSpec) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
         sharding = NamedSharding(mesh, spec)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -284,7 +289,7 @@ def once(trees: Any, mesh: Mesh) -> Any:
     vocabulary = 1 if wanted is HEAD else 0
 
     def at(keys: Any, leaf: Any) -> Any:
-        if leaf.ndim != 2 or not wanted.search(path_of(keys)):
+        if getattr(leaf, "ndim", 0) != 2 or not wanted.search(path_of(keys)):
             return leaf
         over = "tensor" if leaf.shape[vocabulary] % mesh.shape["tensor"] == 0 else None
         spec = PartitionSpec(*(over if ax == vocabulary else None for ax in (0, 1)))

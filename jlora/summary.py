@@ -17,7 +17,7 @@ from jlora.tree import flatten, nbytes, path_of, paths, size
 
 def summary(frozen: Any, lora: Any) -> str:
     """One line a trained leaf (path, weight's shape, how it is adapted, elements trained) and the totals."""
-    weights = paths(frozen, is_implicit)
+    weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if hasattr(leaf, "shape")}
     table = Table("parameter", "weight", "adapted", "trained", title=None)
     table.columns[3].justify = "right"
     trees = lora.trees if isinstance(lora, Together) else (lora,)

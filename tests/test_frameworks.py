@@ -13,6 +13,7 @@ from flax import nnx
 import jlora
 from jlora.methods import bitfit
 from jlora.methods.plant import entries_of
+from jlora.sharding import like, make_mesh, place, specs
 from jlora.tree import paths, size
 
 KEY = jax.random.key(0)
@@ -146,3 +147,24 @@ def test_one_tree_for_a_train_state(name):
     assert moved > 0
     trained = sum(x.size for on, x in zip(*map(jax.tree.leaves, (jlora.trainable_mask(tree), tree)), strict=True) if on)
     assert sum(x.size for x in jax.tree.leaves(state) if np.ndim(x)) == 2 * trained
+
+
+def test_leaves_that_are_no_arrays_stand_aside():
+    """An Equinox module as it is, activation functions and numbers among its leaves."""
+    model = eqx.nn.MLP(6, 6, 12, 2, key=KEY)
+    model = eqx.tree_at(lambda m: m.layers[0].bias, model, 3)
+    frozen, lora = jlora.lorafy(model, 2, layouts={"weight": "oi"})
+    arrays = eqx.filter(model, eqx.is_array)
+    weights, trained = size(arrays), size(lora)
+    assert f"{trained:,} of {weights:,} trained" in jlora.summary(frozen, lora)
+    tx = optax.adam(1e-2)
+    run = jlora.lift(lambda model, x: jax.vmap(model)(x))
+    grads = jax.grad(lambda lora: run(jlora.combine(frozen, lora), X).sum())
+    assert jlora.audit(grads, lora, frozen=frozen, lora=lora, opt_state=(tx.init(lora), jnp.tanh)).ok
+    mesh = make_mesh("fsdp=1,data=-1")
+    where = specs(frozen, {"weight": "oi"}, mesh, min_size=1)
+    placed = place(frozen, where, mesh)
+    assert placed.activation is model.activation and placed.layers[0].bias == 3
+    assert placed.layers[1].weight.sharding.mesh == mesh
+    state = (tx.init(lora), jnp.tanh)
+    assert jax.tree.leaves(like(state, lora, specs(lora, None, mesh)))[-1] == jax.sharding.PartitionSpec()
