@@ -15,7 +15,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jlora import control, rules  # noqa: F401  # pyright: ignore[reportUnusedImport]  (rules fills LoraLeaf.rules)
+from jlora import control, rules_scalar  # noqa: F401  # pyright: ignore[reportUnusedImport]  (fills LoraLeaf.rules)
 from jlora.leaves import ImplicitLeaf, is_implicit, materialise
 
 F = TypeVar("F", bound=Callable[..., Any])

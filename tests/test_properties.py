@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from jlora.methods import dora
 
 KEY = jax.random.key(7)
 
@@ -96,6 +97,17 @@ CASES = {
     "embedding": (lambda x, w: x + w[IDS], (2, 3, 4), (6, 4), "io"),
     "tied": (lambda x, w: (x + w[IDS]) @ w.T, (2, 3, 4), (6, 4), "io"),
     "bf16 cast": (lambda x, w: x @ w.astype(jnp.bfloat16).astype(jnp.float32), (4, 6), (6, 5), "io"),
+    "times a number": (lambda x, w: x @ (0.5 * w), (4, 6), (6, 5), "io"),
+    "times a traced number": (lambda x, w: x @ (w * jnp.sin(x[0, 0])), (4, 6), (6, 5), "io"),
+    "by a number": (lambda x, w: x @ (w / (1.0 + x[0, 0] ** 2)).T, (4, 5), (6, 5), "oi"),
+    "negated": (lambda x, w: x @ -w, (4, 6), (6, 5), "io"),
+    "conv of a scaled kernel": (
+        lambda x, w: conv(("NWC", "WIO", "NWC"))(x, w * jnp.sin(x[0, 0, 0])),
+        (2, 7, 4),
+        (3, 4, 6),
+        "iio",
+    ),
+    "stopped gradient": (lambda x, w: x @ lax.stop_gradient(w) + jnp.sin(x) @ w, (4, 6), (6, 5), "io"),
     "conv 1-D": (conv(("NWC", "WIO", "NWC")), (2, 7, 4), (3, 4, 6), "iio"),
     "conv 2-D": (conv(("NHWC", "HWIO", "NHWC")), (2, 5, 5, 4), (3, 3, 4, 6), "iiio"),
     "conv 2-D channels first": (conv(("NCHW", "OIHW", "NCHW")), (2, 4, 5, 5), (6, 4, 3, 3), "oiii"),
@@ -202,6 +214,49 @@ def test_layouts_reads_off_the_same_letters(name):
     assert found.letters == letters
     assert found.kind == ("embedding" if name in ("embedding", "tied") else "conv" if "conv" in name else "linear")
     assert found.tied == (name == "tied")
+
+
+def test_a_number_keeps_its_gradient_and_its_precision():
+    x, (frozen, _, moved) = normal(0, 4, 6), adapted((6, 5), "io")
+    loss = lambda params: lambda c: jnp.sum(jnp.sin(jlora.lift(lambda p: x @ (p["w"] * c / 3.0), strict=True)(params)))
+    got, want = (jax.grad(loss(p))(0.7) for p in (jlora.combine(frozen, moved), jlora.merge(frozen, moved)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_number_in_another_precision_than_the_factors():
+    x, (frozen, _, moved) = normal(0, 4, 6).astype(jnp.bfloat16), adapted((6, 5), "io")
+    half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), frozen)
+    got = jlora.lift(lambda p: x @ (p["w"] * x[0, 0]), strict=True)(jlora.combine(half, moved))
+    assert got.dtype == jnp.bfloat16
+    want = x.astype(jnp.float32) @ jlora.merge(frozen, moved)["w"] * x[0, 0].astype(jnp.float32)
+    close(got.astype(jnp.float32), want, 2e-2)
+
+
+def test_a_stopped_gradient_with_dropout_and_on_codes():
+    x, params = normal(0, 4, 64), {"w": normal(1, 64, 32)}
+    f = jlora.lift(lambda p: jnp.sum(x @ lax.stop_gradient(p["w"])), strict=True)
+    for base in (params, jlora.quantise(params)):
+        frozen, lora = jlora.lorafy(base, 2, key=KEY, targets="w")
+        grads = jax.grad(lambda lora: f(jlora.combine(frozen, lora, dropout=0.5, key=KEY)))(lora)
+        assert not any(jnp.any(g) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("f", [lambda w: 1.0 / (w + 9.0), lambda w: w * w, lambda w: w * jnp.arange(5.0)])
+def test_what_is_no_multiple_of_the_weight_is_materialised(f):
+    x, (frozen, _, moved) = normal(0, 4, 6), adapted((6, 5), "io")
+    with pytest.warns(jlora.MaterialisedWarning, match=r"w \[6, 5\] was materialised"):
+        got = jlora.lift(lambda p: x @ f(p["w"]))(jlora.combine(frozen, moved))
+    close(got, x @ f(jlora.merge(frozen, moved)["w"]))
+
+
+@pytest.mark.parametrize("f", [lambda w: 3.0 * w, lambda w: -w])
+def test_a_method_whose_product_is_not_linear_in_the_weight_materialises(f):
+    x, params = normal(0, 4, 6), {"w": normal(1, 6, 5)}
+    frozen, lora = dora.make(params, rank=2, targets="w", key=KEY)
+    combined = jlora.combine(frozen, jax.tree.map(lambda v: v + 0.3, lora))
+    with pytest.warns(jlora.MaterialisedWarning, match="w \\[6, 5\\] was materialised"):
+        got = jlora.lift(lambda p: x @ f(p["w"]))(combined)
+    close(got, x @ f(combined["w"].materialise()))
 
 
 def tripled(x, w):

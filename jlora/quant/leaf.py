@@ -218,9 +218,9 @@ def same(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
     return leaf.on_stack(bind, leaf.stack)
 
 
-@rule("name", "sharding_constraint")
+@rule("name", "sharding_constraint", "stop_gradient")
 def unchanged(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
-    """A name or a place for an array that is not there."""
+    """A name or a place for an array that is not there, or no gradient where there is none."""
     return leaf
 
 
