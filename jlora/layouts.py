@@ -182,6 +182,17 @@ def dot_general(eqn: Any, bind: Callable[..., Any], position: int, *operands: An
     return bind(*(leaf.w if n == position else x for n, x in enumerate(operands)))
 
 
+@rule("ragged_dot_general")
+def ragged_dot(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) -> Any:
+    numbers, leaf = eqn.params["ragged_dot_dimension_numbers"], operands[position]
+    if position != 1:
+        return other(eqn, bind, position, *operands)
+    (_, summed), (_, batch) = numbers.dot_dimension_numbers
+    leaf.notes.stacked[leaf.path].update(leaf.origin((*batch, *numbers.rhs_group_dimensions)))
+    leaf.notes.use(leaf.path, "linear", leaf.origin(summed))
+    return bind(*(leaf.w if n == position else x for n, x in enumerate(operands)))
+
+
 @rule("conv_general_dilated")
 def conv(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) -> Any:
     leaf = operands[position]

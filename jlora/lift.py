@@ -15,7 +15,8 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jlora import control, rules_scalar  # noqa: F401  # pyright: ignore[reportUnusedImport]  (fills LoraLeaf.rules)
+# the rules are imported to fill LoraLeaf.rules
+from jlora import control, rules_experts, rules_scalar  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jlora.leaves import ImplicitLeaf, is_implicit, materialise
 
 F = TypeVar("F", bound=Callable[..., Any])

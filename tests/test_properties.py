@@ -81,6 +81,12 @@ def fused(x, w):
     return q + k * v + x @ a - x @ b
 
 
+def ragged(contracted, rows=0, group=0):
+    numbers = lax.RaggedDotDimensionNumbers((contracted, ((), ())), (rows,), (group,))
+    return lambda x, w: lax.ragged_dot_general(x, w, SIZES, numbers)
+
+
+SIZES = jnp.array([1, 3, 2])
 IDS = jnp.array([[0, 3, 3], [5, 1, 2]])
 # name: (function of (x, w), x's shape, w's shape, letters)
 CASES = {
@@ -92,6 +98,11 @@ CASES = {
     "experts": (lambda x, w: jnp.einsum("ecd,edf->ecf", x, w), (3, 4, 6), (3, 6, 5), "sio"),
     "experts out first": (lambda x, w: jnp.einsum("ecd,fed->ecf", x, w), (3, 4, 6), (5, 3, 6), "osi"),
     "expert of a token": (lambda x, w: jnp.einsum("td,tdf->tf", x, w[IDS[0] % 3]), (3, 6), (3, 6, 5), "sio"),
+    "experts in groups": (lambda x, w: lax.ragged_dot(x, w, SIZES), (6, 4), (3, 4, 5), "sio"),
+    "experts in groups, a cut": (lambda x, w: lax.ragged_dot(x, w[1:4], SIZES), (6, 4), (5, 4, 5), "sio"),
+    "experts in groups, output first": (ragged(((1,), (2,))), (6, 4), (3, 5, 4), "soi"),
+    "experts in groups, any order": (ragged(((0,), (2,)), rows=1, group=1), (4, 6), (5, 3, 4), "osi"),
+    "experts in groups, two axes summed": (ragged(((1, 2), (1, 2))), (6, 2, 4), (3, 2, 4, 5), "siio"),
     "fused": (fused, (4, 6), (6, 9), "io"),
     "reshaped": (lambda x, w: jnp.einsum("td,dhk->thk", x, w.reshape(6, 2, 4)), (4, 6), (6, 8), "io"),
     "embedding": (lambda x, w: x + w[IDS], (2, 3, 4), (6, 4), "io"),
@@ -214,6 +225,28 @@ def test_layouts_reads_off_the_same_letters(name):
     assert found.letters == letters
     assert found.kind == ("embedding" if name in ("embedding", "tied") else "conv" if "conv" in name else "linear")
     assert found.tied == (name == "tied")
+
+
+def test_experts_in_groups_with_dropout_and_on_codes():
+    x, params = normal(0, 6, 64), {"w": normal(1, 3, 64, 32)}
+    f = jlora.lift(lambda p: lax.ragged_dot(x, p["w"], SIZES), strict=True)
+    for base in (params, jlora.quantise(params, targets="w", layouts={"w": "sio"})):
+        frozen, lora = jlora.lorafy(base, 2, key=KEY, targets="w", layouts={"w": "sio"})
+        moved = jax.tree.map(lambda v: v + 0.1, lora)
+        want = lax.ragged_dot(x, jlora.combine(frozen, moved)["w"].materialise(), SIZES)
+        close(f(jlora.combine(frozen, moved)), want)
+        dropped = lax.map(lambda key: f(jlora.combine(frozen, moved, dropout=0.2, key=key)), jax.random.split(KEY, 400))
+        assert jnp.std(dropped, 0).min() > 0
+        close(jnp.mean(dropped, 0), want, 0.1)
+        grads = jax.grad(lambda lora: jnp.sum(f(jlora.combine(frozen, lora)) ** 2))(moved)
+        assert all(jnp.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_groups_that_are_not_the_stack_are_materialised():
+    x, (frozen, _, moved) = normal(0, 6, 4), adapted((3, 4, 5), "ios")
+    with pytest.warns(jlora.MaterialisedWarning, match="materialised for ragged_dot_general"):
+        got = jlora.lift(lambda p: lax.ragged_dot(x, p["w"], SIZES))(jlora.combine(frozen, moved))
+    close(got, lax.ragged_dot(x, jlora.merge(frozen, moved)["w"], SIZES))
 
 
 def test_a_number_keeps_its_gradient_and_its_precision():

@@ -193,17 +193,15 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@rule("dot_general", "conv_general_dilated")
+@rule("dot_general", "conv_general_dilated", "ragged_dot_general")
 def product(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) -> Any:
     """The product with the weight written out, and written out again for the gradient."""
-    leaf, x = operands[position], operands[1 - position]
 
     @jax.checkpoint
-    def with_weight(leaf: QuantisedLeaf, x: Any) -> Any:
-        w = leaf.materialise()
-        return bind(w, x) if position == 0 else bind(x, w)
+    def with_weight(*operands: Any) -> Any:
+        return bind(*(x.materialise() if n == position else x for n, x in enumerate(operands)))
 
-    return with_weight(leaf, x)
+    return with_weight(*operands)
 
 
 @rule("convert_element_type")
