@@ -208,14 +208,19 @@ def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices
     if out is None or tuple(dims.collapsed_slice_dims) != tuple(dims.start_index_map):
         return other(eqn, bind, position, leaf, indices)
     picked = leaf.origin(dims.start_index_map)
-    rest = [ax for ax in range(leaf.ndim) if ax not in dims.collapsed_slice_dims]
-    if indices.ndim > 1 and len(rest) == 1:  # rows for tokens, however few
+    batching = dict(zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True))
+    rest = [ax for ax in range(leaf.ndim) if ax not in dims.collapsed_slice_dims and ax not in batching]
+    leaf.notes.stacked[leaf.path].update(leaf.origin(batching))
+    if indices.ndim - len(batching) > 1 and len(rest) == 1:  # rows for tokens, however few
         leaf.notes.use(leaf.path, "embedding", picked)
         return out
     leaf.notes.stacked[leaf.path].update(picked)
     axes: list[Axis] = [()] * out.ndim
+    batch_out = [n for n in range(out.ndim) if n not in dims.offset_dims]
     for ax, to in zip(rest, dims.offset_dims, strict=True):
         axes[to] = leaf.axes[ax]
+    for ax, n in batching.items():
+        axes[batch_out[n]] = leaf.axes[ax]
     return leaf.moved(out, axes)
 
 

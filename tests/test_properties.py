@@ -317,3 +317,25 @@ def test_a_table_is_told_by_one_token_too():
     tied = lambda p, tokens: p["w"][tokens] @ p["w"].T
     found = jlora.layouts(tied, {"w": jnp.zeros((7, 4))}, jnp.zeros((1, 1), int))["w"]
     assert (found.kind, found.letters, found.tied) == ("embedding", "io", True)
+
+
+@pytest.mark.parametrize(
+    "f, tied, letters",
+    [
+        (lambda table, ids: jax.vmap(lambda t, i: t[i])(table, ids), False, "sio"),
+        (lambda table, ids: jax.vmap(lambda t, i: t[i] @ t.T)(table, ids), True, "sio"),
+        (lambda table, ids: jax.vmap(lambda t, i: t[i], (1, 0))(table, ids), False, "iso"),
+    ],
+)
+def test_an_ensemble_of_tables(f, tied, letters):
+    ids = jnp.arange(3 * 2 * 4).reshape(3, 2, 4) % 5
+    params = {"w": jnp.zeros([{"s": 3, "i": 7, "o": 4}[ax] for ax in letters])}
+    found = jlora.layouts(lambda p: f(p["w"], ids), params)["w"]
+    assert (found.kind, found.letters, found.tied) == ("embedding", letters, tied)
+
+
+def test_a_matrix_picked_from_each_stack_of_an_ensemble():
+    x, which = normal(0, 3, 2, 4), jnp.array([[0, 6], [3, 3], [1, 2]])
+    one = lambda x, w, which: jnp.einsum("ti,tio->to", x, w[which])
+    found = jlora.layouts(lambda p: jax.vmap(one)(x, p["w"], which), {"w": jnp.zeros((3, 7, 4, 5))})["w"]
+    assert (found.kind, found.letters) == ("linear", "ssio")
