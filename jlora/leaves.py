@@ -54,6 +54,11 @@ class ImplicitLeaf:
         """(stacked, rebuild): `rebuild` makes the leaf W[i] from the i-th rows of the pytree `stacked`."""
         return self.materialise(), lambda row: row
 
+    def has_its_axes(self) -> bool:
+        """Whether the arrays have the axes that the static fields name: not after `vmap`, `scan` or an index outside
+        `lift` took one away."""
+        return True
+
     def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         """This leaf with a PartitionSpec for each of its arrays, `spec` being the whole weight's; None: cannot.
 
@@ -65,6 +70,12 @@ class ImplicitLeaf:
 
 def is_implicit(value: Any) -> bool:
     return isinstance(value, ImplicitLeaf)
+
+
+def whole(leaf: ImplicitLeaf) -> bool:
+    """`has_its_axes` of the leaf and of those within it."""
+    within = jax.tree.leaves(leaf, is_leaf=lambda value: value is not leaf and is_implicit(value))
+    return leaf.has_its_axes() and all(map(whole, filter(is_implicit, within)))
 
 
 class MaterialisedWarning(UserWarning):
@@ -147,6 +158,10 @@ class LoraLeaf(ImplicitLeaf):
         return dataclasses.replace(
             self, w=on_w, lora_a=a, lora_b=b, key=key, a_axes=a_axes, b_axes=b_axes, key_axes=key_axes
         )
+
+    def has_its_axes(self) -> bool:
+        named = ((self.lora_a, self.a_axes), (self.lora_b, self.b_axes))
+        return all(array.ndim >= len(axes) and max(axes) < self.ndim for array, axes in named)
 
     def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
         fixed: dict[str, Any] = {}

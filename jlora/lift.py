@@ -17,7 +17,7 @@ import numpy as np
 
 # the rules are imported to fill LoraLeaf.rules
 from jlora import control, rules_experts, rules_scalar  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from jlora.leaves import ImplicitLeaf, is_implicit, materialise
+from jlora.leaves import ImplicitLeaf, is_implicit, materialise, whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,6 +36,7 @@ def lift(f: F, *, strict: bool = False) -> F:
         values, treedef = cast("tuple[list[Any], Any]", jax.tree.flatten((args, kwargs), is_leaf=is_implicit))
         if not any(map(is_implicit, values)):
             return f(*args, **kwargs)
+        check_axes(values)
         traced = [n for n, value in enumerate(values) if is_implicit(value) or is_array(value)]
 
         def flat(*arrays: Any) -> Any:
@@ -53,6 +54,15 @@ def lift(f: F, *, strict: bool = False) -> F:
         return jax.tree.unflatten(cast(Any, jax.tree.structure(out_shape)), outs)
 
     return lifted  # pyright: ignore[reportReturnType]
+
+
+def check_axes(values: Sequence[Any]) -> None:
+    for leaf in filter(is_implicit, values):
+        if not whole(leaf):
+            raise ValueError(
+                f"{leaf.path}: an axis was mapped away outside lift: write lift(vmap(f)), not vmap(lift(f)), and let"
+                " scan and the index of a stack be inside too"
+            )
 
 
 def is_array(value: Any) -> bool:

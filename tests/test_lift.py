@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import jlora
 from jlora import LoraLeaf, lift
 from jlora.leaves import ImplicitLeaf, MaterialisedWarning
+from jlora.methods import dora
 
 L, D, R = 3, 8, 2
 
@@ -127,3 +130,39 @@ def test_a_leaf_that_knows_no_more_than_it_must():
         stacked, rebuild = leaf.unstack()
         one = rebuild(jax.tree.map(lambda x: x[1], stacked))
         np.testing.assert_allclose(one if leaf is not stack else one.materialise(), want, atol=1e-5)
+
+
+OUTSIDE = {
+    "vmap": lambda f, combined, x: jax.vmap(f, (0, None))(combined, x),
+    "scan": lambda f, combined, x: lax.scan(lambda c, row: (f(row, c), None), x, combined),
+    "an index": lambda f, combined, x: f(jax.tree.map(lambda a: a[0], combined), x),
+}
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+@pytest.mark.parametrize("make", ["lora", "dora", "lora on codes", "codes"])
+def test_an_axis_that_is_mapped_away_outside_is_told(how, make):
+    params, layouts = {"w": jax.random.normal(jax.random.key(1), (3, 64, 64))}, {"w": "sio"}
+    if "codes" in make:
+        params = jlora.quantise(params, targets="w", layouts=layouts)
+    options = {"rank": 2, "targets": "w", "layouts": layouts, "key": jax.random.key(0)}
+    if make == "codes":
+        combined = params
+    else:
+        combined = jlora.combine(*(dora.make if make == "dora" else jlora.lorafy)(params, **options))
+    with pytest.raises(ValueError, match=r"^w: an axis was mapped away outside lift: write lift\(vmap\(f\)\)"):
+        OUTSIDE[how](lift(lambda p, x: x @ p["w"]), combined, jnp.ones((4, 64)))
+
+
+def test_vmap_within_lift_and_over_adapters_outside():
+    params, x = {"w": jax.random.normal(jax.random.key(1), (3, 6, 5))}, jnp.ones((4, 6))
+    frozen, lora = jlora.lorafy(params, 2, targets="w", layouts={"w": "sio"}, key=jax.random.key(0))
+    inside = lift(jax.vmap(lambda p, x: x @ p["w"], (0, None)), strict=True)
+    np.testing.assert_allclose(
+        inside(jlora.combine(frozen, lora), x), jnp.einsum("ti,sio->sto", x, params["w"]), rtol=1e-5
+    )
+    frozen, lora = jlora.lorafy({"w": params["w"][0]}, 2, targets="w", key=jax.random.key(0))
+    two = jax.tree.map(lambda v: jnp.stack([v, v + 1.0]), lora)
+    f = lift(lambda p: x @ p["w"], strict=True)
+    got = jax.vmap(lambda lora: f(jlora.combine(frozen, lora)))(two)
+    np.testing.assert_allclose(got[0], f(frozen), rtol=1e-5)

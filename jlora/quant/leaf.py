@@ -91,6 +91,9 @@ class QuantisedLeaf(ImplicitLeaf):
         layout = self.layout.replace("s", "", gone)
         return dataclasses.replace(self, stack=len(kept), used=used, layout=layout)
 
+    def has_its_axes(self) -> bool:
+        return self.parts["codes"].ndim >= self.stack + 2
+
     def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
         if not self.stack or self.order is not None:
             return self.materialise(), lambda row: row
