@@ -8,6 +8,7 @@ say "a tensor" are known by name; any other name or instruction is refused.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from pickle import UnpicklingError
 from typing import IO, Any, NamedTuple
@@ -37,10 +38,12 @@ def unpickle(file: bytes | IO[bytes], known: Callable[[Global], Any], tensor: An
     storage(*args): of a persistent id. Raises UnpicklingError for anything else, ValueError for a cut file.
     """
     machine = Machine(known, tensor, storage)
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
-        if count > MOST_STEPS:
-            raise UnpicklingError(f"it has more than {MOST_STEPS} instructions")
-        machine.step(opcode.name, arg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of an odd escape in a damaged file's text
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
+            if count > MOST_STEPS:
+                raise UnpicklingError(f"it has more than {MOST_STEPS} instructions")
+            machine.step(opcode.name, arg)
     return machine.pop()
 
 

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from jlora.io.pickled import unpickle
 from jlora.io.torchfile import read_bin
 
 
@@ -61,3 +62,8 @@ def test_what_is_no_torch_file(tmp_path, data):
     archive(tmp_path / "y.bin", pickle.dumps([1]))
     with pytest.raises(ValueError, match="holds a list"):
         read_bin(tmp_path / "y.bin")
+
+
+def test_an_odd_escape_is_no_warning():
+    with pytest.raises(pickle.UnpicklingError, match="STRING"):
+        unpickle(b"S'\\-'\n.", lambda name: None, None, None)
