@@ -66,10 +66,10 @@ class ChatCommand(Writing):
     """Talk to a model in the terminal; an empty line or Ctrl-D ends."""
 
 
-def settings(config: Writing, ends: tuple[int, ...] = ()) -> GenerateConfig:
-    """The generation settings among a command's, and the model's `ends`."""
+def settings(config: Writing) -> GenerateConfig:
+    """The generation settings among a command's."""
     names = {field.name for field in dataclasses.fields(GenerateConfig)}
-    return GenerateConfig(end=ends, **{name: value for name, value in vars(config).items() if name in names})
+    return GenerateConfig(**{name: value for name, value in vars(config).items() if name in names})
 
 
 def ready(config: Writing) -> tuple[Pretrained, Any]:
@@ -98,10 +98,10 @@ def opening(config: Writing) -> list[dict[str, str]]:
 
 def generate_command(config: GenerateCommand) -> dict[str, Any] | None:
     """{answers} for several prompts; a single prompt's text goes to stdout as it comes, and None is returned."""
-    settings(config)  # a wrong one is told before a model is loaded
+    how = settings(config)
     prompts = config.prompts or (sys.stdin.read(),)
     base, params = ready(config)
-    how = settings(config, base.ends)
+    how = dataclasses.replace(how, end=base.ends)
     if config.raw or not base.tokenizer.chat_template:
         rows = [prompt_ids(base.tokenizer, text) for text in prompts]
     else:
@@ -126,9 +126,9 @@ def write(base: Pretrained, params: Any, prompt: list[int], how: GenerateConfig,
 
 def chat_command(config: ChatCommand) -> None:
     """A conversation; every turn is read again with all before it."""
-    settings(config)
+    how = settings(config)
     base, params = ready(config)
-    how = settings(config, base.ends)
+    how = dataclasses.replace(how, end=base.ends)
     messages = opening(config)
     key = jax.random.key(config.seed)
     say("an empty line or Ctrl-D ends")

@@ -119,7 +119,7 @@ def shortened(example: Example, most: int, bos: int | None) -> Example:
         return example
     at = kept(example.tokens, most, bos)
     tokens, mask = example.tokens[at], example.loss_mask[at]
-    begin = int(np.argmax(np.diff(at, prepend=-1) > 1))  # the first token after the cut
+    begin = int(at[0] == 0)  # the first token after the cut
     if mask[begin] and example.loss_mask[at[begin] - 1]:
         rest = np.where(np.cumsum(~mask[begin:]), mask[begin:], False)  # from the first token on that is not learnt
         mask = np.r_[mask[:begin], rest] if rest.any() else mask
@@ -163,9 +163,13 @@ def turn_end(tokenizer: Any) -> tuple[int, ...]:
         )
     except ValueError:  # no template, or one that has more to ask of a chat
         return ()
-    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
-    after = text_ids(tokenizer, text.rpartition(said)[2])
+    special, after = special_ids(tokenizer), text_ids(tokenizer, text.rpartition(said)[2])
     return next(((n,) for n in after if n in special), ())
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The tokens that are no text."""
+    return {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _end(tokenizer: Any) -> list[int]:

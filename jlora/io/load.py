@@ -103,6 +103,8 @@ def load(
     linear weights; a layer at a time, so the floats are never whole in memory.
     Raises ValueError listing tensors that are missing, unknown or wrongly shaped, FileNotFoundError for no source.
     """
+    from jlora.data.tokens import special_ids, turn_end  # which reads this package
+
     source = str(source)
     path = locate(source, revision)
     if path.is_dir():
@@ -110,7 +112,7 @@ def load(
         kind = family(str(hub.get("model_type", "none"))[:80])
         config = checked_config(kind.config, hub, path / "config.json")
         tokenizer, stored = folder_tokenizer(path), None
-        stops = stops_of(path, hub, config.vocab_size, tokenizer)
+        stops = stops_of(path, hub, config.vocab_size, set() if tokenizer is None else special_ids(tokenizer))
     else:
         from jlora.io.gguf import read_gguf, tokenizer_of
 
@@ -136,8 +138,6 @@ def load(
             made = {} if quantise is None else quantisers(shapes, quantise, layouts_of(tensors))
             spare = unread(kind, config, stored)
             params = build(shapes, tensors, stored, sharding=sharding, optional=spare, made=made)
-    from jlora.data.tokens import turn_end  # which reads this package
-
     stops += () if tokenizer is None else turn_end(tokenizer)
     folder = path if path.is_dir() else None
     name, revision = hub_id(source, revision)
@@ -225,10 +225,10 @@ def folder_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
 
 
-def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> tuple[int, ...]:
+def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int, special: set[int]) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json: a number or several. Numbers past the vocabulary,
     which small copies of a model keep, are left out, and of config.json, whose number may be no more than its class's
-    default, those of plain tokens. Raises ValueError for anything else."""
+    default, those that are not `special`. Raises ValueError for anything else."""
     file = folder / "generation_config.json"
     found = read_json(file).get("eos_token_id") if file.exists() else None
     if found is None:
@@ -236,7 +236,6 @@ def stops_of(folder: Path, hub: Mapping[str, Any], vocabulary: int, tokenizer: A
     many = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(n) is int for n in many):
         raise ValueError(f"{file}: eos_token_id {str(found)[:40]} is no token's number, nor a list of them")
-    special = {n for n, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     return tuple(n for n in many if 0 <= n < vocabulary and (file.name != "config.json" or n in special))
 
 
