@@ -37,10 +37,10 @@ TESTS = {
     "jlora/tree.py": ["tests/test_tree.py", "tests/test_lora.py"],
     "jlora/io/peft.py": ["tests/io/test_peft.py", "tests/io/test_from_peft.py"],
     "jlora/io/beside.py": ["tests/io/test_peft.py", "tests/faults/test_interrupts.py"],
-    "jlora/io/adapters.py": [
+    "jlora/io/adapters.py": ["tests/methods/test_named.py", "tests/faults/test_adapter_folders.py"],
+    "jlora/io/peft_read.py": [
         "tests/io/test_peft.py",
         "tests/io/test_from_peft.py",
-        "tests/methods/test_named.py",
         "tests/faults/test_adapter_folders.py",
     ],
     "jlora/io/tensors.py": ["tests/io/test_load.py", "tests/io/test_tensors.py", "tests/faults/test_safetensors.py"],

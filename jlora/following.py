@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
-from jlora.rules import reshape_part
+from jlora.rules_structure import reshape_part
 
 Labels = tuple[int, ...]
 """An axis each: n >= 0 for axis n of the weight, `RANK` for an axis of the array's own; in a product, ndim + n for

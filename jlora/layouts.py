@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jlora.leaves import ImplicitLeaf, MaterialisedWarning, is_implicit
 from jlora.lift import is_array, lift
-from jlora.rules import reshape_groups
+from jlora.rules_structure import reshape_groups
 from jlora.tree import flatten, path_of
 
 Axis = tuple[int, ...]

@@ -16,7 +16,7 @@ import jax.extend.core as jex
 import numpy as np
 
 # the rules are imported to fill LoraLeaf.rules
-from jlora import control, rules_experts, rules_scalar  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from jlora import control, rules_experts, rules_scalar, rules_structure  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jlora.leaves import ImplicitLeaf, is_implicit, materialise, whole
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -27,7 +27,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
-from jlora import sharding
+from jlora import batch_parts
 from jlora.models.attention import Sight, attend, named
 from jlora.models.rope import rotate
 from jlora.plan import PlanConfig
@@ -85,7 +85,7 @@ def written_out(plan: PlanConfig, run: Any) -> Any:
 
 
 def step_of(plan: PlanConfig, run: Any, sums: Any) -> Any:
-    return make_train_step(sharding.over_batch(sums, run.mesh, named(plan.attention, "tpu")), optax.adamw(1e-4))
+    return make_train_step(batch_parts.over_batch(sums, run.mesh, named(plan.attention, "tpu")), optax.adamw(1e-4))
 
 
 def by_qwix(plan: PlanConfig, run: Any) -> Any:

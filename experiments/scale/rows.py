@@ -21,7 +21,7 @@ os.environ.update(ENVIRONMENT)
 
 import optax
 
-from jlora import sharding
+from jlora import batch_parts
 from jlora.models.attention import blockwise, splash
 from jlora.plan import PlanConfig
 from jlora.plan.setting import sums_of
@@ -44,7 +44,7 @@ def main() -> None:
 
         def step(plan: PlanConfig, run: Any, attention: Any = WAYS[name]) -> Any:
             sums = sums_of(plan, answer_sums(run.model, plan.chunk))
-            return make_train_step(sharding.over_batch(sums, run.mesh, attention), optax.adamw(1e-4))
+            return make_train_step(batch_parts.over_batch(sums, run.mesh, attention), optax.adamw(1e-4))
 
         print(json.dumps({"attention": name, **given, **compiled(PlanConfig(**given), step)}), flush=True)
 

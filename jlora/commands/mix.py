@@ -13,10 +13,10 @@ import tyro
 
 from jlora.commands.settings import say
 from jlora.config import LoraConfig
-from jlora.io.adapters import OTHER, Part, entry_of, read_arrays, read_config, scaling_of
 from jlora.io.load import read_json
 from jlora.io.patterns import Patterns
 from jlora.io.peft import save_peft
+from jlora.io.peft_read import OTHER, Part, entry_of, read_arrays, read_config, scaling_of
 from jlora.mix import Method, mix
 from jlora.models.tensors import HFTensor
 from jlora.train.report import Reporter

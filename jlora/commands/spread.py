@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import sharding
+from jlora import batch_parts, sharding
 from jlora.commands.folder import remote
 from jlora.commands.settings import TrainConfig
 from jlora.compiled import keep_compiled
@@ -39,7 +39,7 @@ class Spread:
         """The objective, over split batches, with the attention that was asked for."""
         attention = self.way
         if self.mesh is not None:
-            return sharding.over_batch(sums, self.mesh, attention)
+            return batch_parts.over_batch(sums, self.mesh, attention)
 
         def alone(*args: Any) -> Any:
             with attending(attention):
@@ -53,7 +53,7 @@ class Spread:
         if self.mesh is None:
             return jax.jit(run)
         mesh, attention = self.mesh, self.way
-        parts = sharding.over_parts(lambda *args: run(*args[:3]), mesh, attention)
+        parts = batch_parts.over_parts(lambda *args: run(*args[:3]), mesh, attention)
 
         def whole(trained: Any, frozen: Any, batch: Any) -> Any:
             out = parts(trained, frozen, batch, None)
@@ -96,13 +96,13 @@ class Spread:
         """A batch of the data's, split for the mesh, and the specs."""
         many = np.ndim(batch["tokens"]) == 3  # a leading axis of batches to accumulate
         micro = [{name: x[n] for name, x in batch.items()} for n in range(len(batch["tokens"]))] if many else [batch]
-        split = [sharding.split_batch(one, self.mesh) for one in micro]
+        split = [batch_parts.split_batch(one, self.mesh) for one in micro]
         labels = max(one["labels"].shape[1] for one in split)
         split = [
-            one if one["labels"].shape[1] == labels else sharding.split_batch(b, self.mesh, labels)
+            one if one["labels"].shape[1] == labels else batch_parts.split_batch(b, self.mesh, labels)
             for one, b in zip(split, micro, strict=True)
         ]
-        specs = sharding.batch_specs(split[0])
+        specs = batch_parts.batch_specs(split[0])
         if not many:
             return split[0], specs
         stacked = {name: np.stack([one[name] for one in split]) for name in specs}
@@ -110,7 +110,7 @@ class Spread:
 
     def own(self, rows: int) -> set[int] | None:
         """The rows of a batch that this process fills; None: all."""
-        return None if self.mesh is None or jax.process_count() == 1 else sharding.own_rows(rows, self.mesh)
+        return None if self.mesh is None or jax.process_count() == 1 else batch_parts.own_rows(rows, self.mesh)
 
     def step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step(state or trained, frozen, batch)` on the data's own batches."""
@@ -139,7 +139,7 @@ def spread_of(config: TrainConfig, options: dict[str, Any]) -> tuple[Pretrained,
 def mesh_for(config: TrainConfig, devices: Any = None) -> Any:
     """The mesh of the settings over `devices`, or all there are. Raises ValueError where a batch does not split."""
     mesh = sharding.make_mesh(config.mesh or "fsdp=-1", devices)
-    parts = sharding.batch_shards(mesh)
+    parts = batch_parts.batch_shards(mesh)
     if config.batch % parts:
         raise ValueError(f"batch = {config.batch} does not split into {parts} (mesh {config.mesh!r}): use a multiple")
     return mesh

@@ -51,8 +51,8 @@ def collate(
     example i32 [l], which of the batch's examples a label belongs to.
 
     The head is computed at `positions` only. Slots with no label have weight 0. own: the rows whose tokens are filled;
-    the others' are another process's. Labels are everybody's: the shapes `sharding.split_batch` makes depend on them,
-    and must be the same in every process. Raises ValueError where it cannot fit.
+    the others' are another process's. Labels are everybody's: the shapes `batch_parts.split_batch` makes depend on
+    them, and must be the same in every process. Raises ValueError where it cannot fit.
     """
     total = sum(map(label_count, examples))
     if len(examples) > batch or total > labels or any(len(e.tokens) > length for e in examples):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import LoraConfig
-from jlora.io.adapters import Part, planted
 from jlora.io.peft import module_of
+from jlora.io.peft_read import Part, planted
 from jlora.io.tensors import finite
 from jlora.io.torchfile import read_bin
 from jlora.io.whole import misfit

@@ -2,7 +2,7 @@
 
 Tensors are `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r] (`lora_embedding_A` and `_B`
 for an embedding, `lora_magnitude_vector` for DoRA), a module of a stack by itself; a leaf trained whole goes under its
-plain name. Reading is in `adapters.py`.
+plain name. Reading is in `peft_read.py`.
 """
 
 from __future__ import annotations

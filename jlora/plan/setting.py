@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora import sharding
+from jlora import batch_parts, sharding
 from jlora.io.load import layouts_of
 from jlora.models import family
 from jlora.models.attention import named
@@ -93,7 +93,7 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     count: Any = jax.sharding.PartitionSpec()
     state_specs = TrainState(trained_specs, opt_specs, count)
     sums = sums_of(plan, answer_sums(model, plan.chunk))
-    spread = sharding.over_batch(sums, mesh, named(plan.attention, "tpu" if where.compiler else "gpu"))
+    spread = batch_parts.over_batch(sums, mesh, named(plan.attention, "tpu" if where.compiler else "gpu"))
     lies = None if devices is None else jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), state_specs)
     return Setting(
         config,
@@ -133,7 +133,7 @@ def mesh_of(text: str, count: int) -> Any:
 
 def batch_of(plan: PlanConfig, mesh: Any) -> dict[str, Any]:
     """A `split_batch` as shapes, every token labelled."""
-    n = sharding.batch_shards(mesh)
+    n = batch_parts.batch_shards(mesh)
     if plan.batch % n:
         raise ValueError(f"a batch of {plan.batch} does not split into {n} (mesh {plan.mesh!r}): use a multiple of {n}")
     rows = plan.batch // n

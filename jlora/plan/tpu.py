@@ -67,7 +67,8 @@ def reason(text: str) -> str:
 
 def compiled(plan: PlanConfig, step: Callable[[PlanConfig, Setting], Any] | None = None) -> dict[str, Any]:
     """`compile_for` in this process, under `ENVIRONMENT`. step: makes another training step of the same arguments."""
-    from jlora.sharding import batch_specs, place
+    from jlora.batch_parts import batch_specs
+    from jlora.sharding import place
 
     run = setting(plan, devices_of(plan.topology))
     state, frozen, batch = (

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jlora.io.adapters import about, load_peft
+from jlora.io.adapters import about
+from jlora.io.peft_read import load_peft
 from jlora.models.tensors import HFTensor
 from tests.faults.guard import refused
 
@@ -198,7 +199,7 @@ PLAINS = {
 def test_the_plain_form_is_refused(name, tmp_path):
     import jlora
     from jlora.io import plain
-    from jlora.io.adapters import adapter_json, read_arrays
+    from jlora.io.peft_read import adapter_json, read_arrays
 
     write(tmp_path, PLAINS[name], {"a": A.T, "b": B.T})
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from jlora.commands.settings import TrainConfig, read_settings
 from jlora.data import read_rows
-from jlora.io.adapters import read_config
 from jlora.io.gguf import config_of, open_gguf, tokenizer_of
+from jlora.io.peft_read import read_config
 from jlora.io.sizes import checked_config
 from jlora.io.torchfile import read_bin
 from jlora.models.llama import LlamaConfig

@@ -8,8 +8,9 @@ import pytest
 
 import jlora
 from jlora.io import load
-from jlora.io.adapters import Part, entry_of, load_adapter, load_peft, read_arrays
+from jlora.io.adapters import load_adapter
 from jlora.io.peft import save_peft
+from jlora.io.peft_read import Part, entry_of, load_peft, read_arrays
 
 pytestmark = pytest.mark.filterwarnings("default")  # peft's own
 LLAMA = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

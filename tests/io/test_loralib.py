@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.io.adapters import load_peft
 from jlora.io.loralib import load_loralib, loralib_arrays, unmerged
 from jlora.io.peft import save_peft
+from jlora.io.peft_read import load_peft
 from jlora.io.torchfile import read_bin
 from jlora.models.bert import Bert, BertConfig, hf_tensors
 from jlora.tree import size

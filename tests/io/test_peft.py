@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import jlora
-from jlora.io.adapters import load_peft, read_arrays
 from jlora.io.peft import save_peft
+from jlora.io.peft_read import load_peft, read_arrays
 from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

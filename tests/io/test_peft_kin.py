@@ -10,8 +10,9 @@ import pytest
 
 import jlora
 from jlora.io import load
-from jlora.io.adapters import load_adapter, read_arrays, save_adapter
+from jlora.io.adapters import load_adapter, save_adapter
 from jlora.io.peft_kin import as_keys_and_values
+from jlora.io.peft_read import read_arrays
 from jlora.methods import named
 from jlora.methods.columns import reading
 from tests.io.test_from_peft import TOKENS, their_model

@@ -6,7 +6,7 @@ import pytest
 from toys import jitter, page
 
 import jlora
-from jlora.io.adapters import adapter_json, read_arrays
+from jlora.io.peft_read import adapter_json, read_arrays
 from jlora.io.plain import load_plain, save_plain
 from jlora.tree import size
 

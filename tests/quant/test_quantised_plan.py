@@ -6,9 +6,10 @@ import re
 import jax
 
 import jlora
+from jlora.batch_parts import batch_specs
 from jlora.plan import PlanConfig
 from jlora.plan.setting import setting
-from jlora.sharding import batch_specs, place
+from jlora.sharding import place
 from jlora.tree import nbytes
 
 

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import sharding
+from jlora import batch_parts, sharding
 from jlora.collectives import collectives
 from jlora.data.labels import Labelled, LabelSource
 from jlora.methods.columns import reading
@@ -123,11 +123,11 @@ def sharded(text, steps, min_size=0, family="llama", method="lora"):
     frozen = sharding.place(frozen, frozen_spec, mesh)
     state = sharding.place(state, at, mesh)
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_train_step(sharding.over_batch(sums, mesh), tx, lies=lies)
+    step = make_train_step(batch_parts.over_batch(sums, mesh), tx, lies=lies)
     losses, text = [], ""
     for batch in batches(steps, method):
-        parts = sharding.split_batch(batch, mesh)
-        parts = sharding.place(parts, sharding.batch_specs(parts), mesh)
+        parts = batch_parts.split_batch(batch, mesh)
+        parts = sharding.place(parts, batch_parts.batch_specs(parts), mesh)
         text = text or step.lower(state, frozen, parts).compile().as_text()
         state, (got, _) = step(state, frozen, parts)
         losses.append([float(x) for x in got])

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import sharding
+from jlora import batch_parts, sharding
 from jlora.collectives import by_kind, collectives
 from jlora.data import BatchSource, Example, PackedSource
 from jlora.leaves import LoraLeaf
@@ -131,7 +131,7 @@ def test_a_lora_leaf_in_the_tree_gets_specs_for_its_parts():
 def test_rows_that_do_not_divide_are_refused():
     batch = {"tokens": jnp.zeros((6, 4), jnp.int32)}
     with pytest.raises(ValueError, match="a batch of 6 rows does not split into 4"):
-        sharding.split_batch(batch, mesh_of(fsdp=4))
+        batch_parts.split_batch(batch, mesh_of(fsdp=4))
 
 
 SIZES = [5, 7, 6, 7, 20, 4]  # plain: a batch of 4 and one of 2 rows; packed into 24: rows of many labels and of few
@@ -146,10 +146,10 @@ SOURCES = {
 def test_every_process_cuts_a_batch_into_the_same_shapes_and_fills_its_own_rows(kind):
     whole, sides = SOURCES[kind](None), [SOURCES[kind](own) for own in ({0, 1}, {2, 3})]
     for step in range(whole.per_epoch):
-        want = sharding.split_batch(whole[step], mesh_of(fsdp=2))
+        want = batch_parts.split_batch(whole[step], mesh_of(fsdp=2))
         assert want["labels"].shape[1] % 8 == 0 and want["weights"].sum() == whole[step]["weights"].sum()
         for part, side in enumerate(sides):
-            got = sharding.split_batch(side[step], mesh_of(fsdp=2))
+            got = batch_parts.split_batch(side[step], mesh_of(fsdp=2))
             assert {name: x.shape for name, x in got.items()} == {name: x.shape for name, x in want.items()}
             for name, array in want.items():  # what a process puts on its devices is its part
                 np.testing.assert_array_equal(got[name][part], array[part])
