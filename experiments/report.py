@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.all import NAMES, RESULTS, experiment
 from experiments.paper.cells import Experiment, Kept
-from experiments.paper.claims import CLAIMS
+from experiments.paper.claims import CLAIMS, KEY, summary
 from experiments.paper.tables import Shown, Table
 from jlora.commands.html import STYLE
 
@@ -82,7 +82,8 @@ def claims(results: dict[str, Any]) -> Table:
 
 def markdown(found: list[Part], results: dict[str, Any]) -> str:
     """README.md."""
-    out = ["# The paper, run here", INTRO, RUN, "## Claims", claims(results).markdown()]
+    out = ["# The paper, run here", INTRO, RUN, "## Claims", f"{KEY} Of {len(CLAIMS)} claims: {summary(results)}."]
+    out.append(claims(results).markdown())
     for part in found:
         if not part.done:
             continue
@@ -117,7 +118,8 @@ th[aria-sort=descending]::after { content: " \\2193" }"""
 
 def page(found: list[Part], results: dict[str, Any]) -> str:
     """The same in one HTML file; a click on a column's head sorts by it."""
-    out = ["<h1>The paper, run here</h1>", f"<p>{marked(INTRO)}</p>", "<h2>Claims</h2>", html(claims(results))]
+    out = ["<h1>The paper, run here</h1>", f"<p>{marked(INTRO)}</p>", "<h2>Claims</h2>"]
+    out += [f"<p>{marked(KEY)} Of {len(CLAIMS)} claims: {escape(summary(results))}.</p>", html(claims(results))]
     for part in found:
         out += [f"<h2>{escape(part.about.title)}</h2>", f"<p>{escape(part.state)}</p>"]
         if part.done:
@@ -135,8 +137,9 @@ def page(found: list[Part], results: dict[str, Any]) -> str:
 
 
 def marked(text: str) -> str:
-    """Links and code of Markdown as HTML."""
+    """Links, emphasis and code of Markdown as HTML."""
     linked = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', escape(text))
+    linked = re.sub(r"\*(\w[^*]*\w)\*", r"<em>\1</em>", linked)
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", linked)
 
 

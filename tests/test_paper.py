@@ -256,6 +256,8 @@ def test_every_claim_names_what_finds_it():
     from pathlib import Path
 
     from experiments.paper.claims import CLAIMS
+    from experiments.recipes import RECIPES
+    from jlora.cli import main
 
     root = Path(__file__).parent.parent
     for claim in CLAIMS:
@@ -264,13 +266,38 @@ def test_every_claim_names_what_finds_it():
         assert all((root / script).is_file() for script in scripts), claim.how
         if "experiments.all" in words:
             assert words[-1] in NAMES, claim.how
+        if "experiments.recipes" in words:
+            assert words[-1] in RECIPES, claim.how
+        if words[:2] == ["jlora", "plan"]:
+            main(words[1:])  # raises for what does not fit
+
+
+def test_a_method_is_above_another_where_seeds_tell():
+    from scipy import stats
+
+    from experiments.paper import gaps
+
+    ours, theirs = [0.80, 0.82, 0.84], [0.78, 0.79, 0.80]
+    difference, half = gaps.gap(ours, theirs)
+    want = stats.ttest_ind(ours, theirs).confidence_interval()
+    assert (difference - half, difference + half) == pytest.approx((want.low, want.high))
+    assert gaps.above(ours, theirs) is None and gaps.above(ours, [0.7, 0.71, 0.72]) is True
+    assert gaps.below(ours, [0.7, 0.71, 0.72]) is False
+    assert gaps.above(ours, [0.795], by=-0.2) is True and gaps.above(ours, [0.795]) is None
+    assert gaps.above([0.9], [0.1]) is None, "one against one tells nothing"
+
+    told = {(True, True): "agrees", (True, None): "agrees as far as it can be told", (True, False): "in part"}
+    told |= {(False, None): "does not agree", (None, None): "cannot be told apart", (): "open"}
+    assert all(gaps.how_far(parts) == said for parts, said in told.items())
+    assert gaps.how_far([True, False, None], whole=False) == "in part so far"
 
 
 def test_verdicts_weigh_every_part_of_a_claim():
     from experiments.paper import glue, holds
 
     def results(name, scores, seeds=3):
-        found = {f"{key}/seed {n}": {"score": score} for key, score in scores.items() for n in range(seeds)}
+        figures = lambda score: dict.fromkeys(("score", *nlg.NAMES), score)
+        found = {f"{key}/seed {n}": figures(score) for key, score in scores.items() for n in range(seeds)}
         return {**{one: {} for one in (*NAMES, "methods")}, name: found}
 
     hundred = {"100/lora": 0.7, "100/full": 0.6, "100/prompt": 0.5}

@@ -106,6 +106,12 @@ def whole(config: Config, done: Results, *methods: str) -> list[str]:
     return [task for task in counted(config) if all(seeds(task, m) == seeds_of(config, m) for m in methods)]
 
 
+def by_seed(done: Results, tasks: list[str], method: str) -> list[float]:
+    """A method's mean over tasks, seed by seed."""
+    scores = [of(done, f"{task}/{method}") for task in tasks]
+    return [sum(one) / len(tasks) for one in zip(*scores, strict=True)]
+
+
 def middle(done: Results, tasks: list[str], method: str) -> float:
     """A method's mean over tasks."""
     return sum(mean(of(done, f"{task}/{method}"))[0] for task in tasks) / len(tasks)
