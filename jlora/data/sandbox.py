@@ -20,12 +20,14 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.filters import FILTERS
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+
+from jlora.data.marks import Generation, Marked, marks_of, put_together
 
 LONGEST = 1 << 17
 """Characters of a template."""
@@ -115,7 +117,7 @@ def concat(pieces: Iterable[str]) -> str:
             raise TooMuch(f"it writes more than {LARGEST:,} characters")
         out.append(piece)
     spend(1 + (total >> 8))
-    return "".join(out)
+    return put_together(out)
 
 
 def printed(value: Any) -> Any:
@@ -186,16 +188,6 @@ class Bounds(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> Any:
         return self.visit_made(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
-
-
-class Generation(Extension):
-    """`{% generation %}`: marks the model's own words for others; here its body alone."""
-
-    tags = {"generation"}  # noqa: RUF012 - so declared by Jinja
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -294,12 +286,16 @@ def compiled(template: str) -> jinja2.Template:
 
 
 def rendered(template: str, **values: Any) -> str:
-    """The text of a template. Raises TooMuch, and whatever else the template, being a program, raises."""
+    """The text of a template, `Marked` where the template has `{% generation %}`. Raises TooMuch, and whatever else the
+    template, being a program, raises."""
     if len(template) > LONGEST:
         raise TooMuch(f"it has {len(template):,} characters, more than {LONGEST:,}")
     token = budget.set([STEPS])
     try:
         weigh(values)
-        return compiled(template).render(**values)
+        made = compiled(template)
+        text = made.render(**values)
+        environment: Any = made.environment
+        return Marked(text, marks_of(text) or ()) if environment.marking else text
     finally:
         budget.reset(token)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
+from jlora.data.chats import Message
 from jlora.data.files import DataError
+from jlora.data.marks import Span, marks_of
 from jlora.data.rows import Row
 from jlora.data.template import render as render_template
 
+GIVE = "give the tokenizer one"
 Piece = tuple[list[int], bool]
 """Tokens, and whether they are learnt."""
 
@@ -63,33 +67,75 @@ def joined(pieces: Sequence[Piece]) -> Example:
 
 
 def chat_pieces(row: Row, tokenizer: Any, ends: Sequence[int] = ()) -> list[list[Piece]]:
-    """The pieces of a chat's examples: each assistant turn is what `messages[:i+1]` rendered adds to `messages[:i]`
-    rendered with the generation prompt, so no `{% generation %}` tag is needed in the template. A turn of weight 0 (as
-    in OpenAI's files) is not learnt."""
+    """The pieces of a chat's examples. A turn of weight 0 (as in OpenAI's files) is not learnt."""
+    many: list[list[Piece]] = []
+    done = ""
+    for message, before, text, words in answers(row, tokenizer):
+        if not many or not before.startswith(done):
+            many, done = [*many, []], ""
+        pieces, at, learnt = many[-1], len(done), message.get("weight") != 0
+        for begin, end in words:
+            pieces.append((continued(tokenizer, text[:at], text[at:begin]), False))
+            pieces.append((continued(tokenizer, text[:begin], text[begin:end]), learnt))
+            at = end
+        rest = continued(tokenizer, text[:at], text[at:])
+        answer, rest = ended(pieces.pop()[0], rest, ends or _end(tokenizer))
+        pieces += [(answer, learnt), (rest, False)]
+        done = text
+    found = [pieces[:-1] for pieces in many if any(learnt and ids for ids, learnt in pieces)]
+    if not found:
+        raise DataError(f"{row.where}: the chat template writes, or marks, no answer: there is nothing to learn")
+    return found
+
+
+def answers(row: Row, tokenizer: Any) -> Iterator[tuple[Message, str, str, Sequence[Span]]]:
+    """(the turn, its prompt, the prompt with the answer, where in that the model's own words stand) of each assistant
+    turn: after `messages[:i]` rendered with the generation prompt, which is what the model will read, comes what
+    `messages[:i+1]` rendered adds, or of that what the template marks by `{% generation %}`."""
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{row.where}: key 'messages' needs a tokenizer with a chat template; this one has none")
+        raise DataError(f"{row.where}: key 'messages' needs a chat template, and the tokenizer has none: {GIVE}")
 
     def render(count: int, prompt: bool) -> str:
         return render_template(tokenizer, row.messages[:count], prompt, row.where)
 
-    many: list[list[Piece]] = []
-    done = ""
     for n, message in enumerate(row.messages):
         if message["role"] != "assistant" or n < row.given:
             continue
-        before, after = render(n, True), render(n + 1, False)
-        if not after.startswith(before):
-            raise DataError(f"{row.where}: key 'messages[{n}]': the chat template does not extend its own prefix here")
-        if not many or not before.startswith(done):
-            many, done = [*many, []], ""
-        many[-1].append((continued(tokenizer, done, before[len(done) :]), False))
-        answer = continued(tokenizer, before, after[len(before) :])
-        # what a template writes after the end of a turn (a newline) is no part of the answer
-        over = (n + 1 for n, token in enumerate(answer) if token in (ends or _end(tokenizer)))
-        stop = next(over, len(answer))
-        many[-1] += [(answer[:stop], message.get("weight") != 0), (answer[stop:], False)]
-        done = after
-    return [pieces[:-1] for pieces in many]
+        before = render(n, True)
+        found = answer_in(before, render(n + 1, False))
+        if found is None:
+            raise DataError(
+                f"{row.where}: key 'messages[{n}]': the chat template does not extend its own prefix here: {GIVE} that "
+                "does, or that marks the answer by {% generation %}"
+            )
+        text, words = found
+        if words:
+            yield message, before, text, words
+
+
+def answer_in(before: str, after: str) -> tuple[str, Sequence[Span]] | None:
+    """(the text with an answer, where in it the model's own words stand). before: the prompt, with which it begins;
+    after: the template's text with the answer. None where that neither begins with the prompt nor is marked."""
+    start, marks = len(commonprefix((before, after))), marks_of(after)  # noqa: RUF071 - of characters
+    words = [(start, len(after))]
+    if marks is not None:  # which may hold the turn's header too (SmolLM3's do), and that is the prompt's
+        own = marks[len(marks_of(before) or ()) :]
+        words = [(max(begin, start), end) for begin, end in own if end > start]
+    if start == len(before) or not words:
+        return after, words
+    if marks is None:
+        return None
+    first = words[0][0]
+    moved = len(before) - first
+    return before + after[first:], [(begin + moved, end + moved) for begin, end in words]
+
+
+def ended(answer: list[int], rest: list[int], ends: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The answer up to its end token, which may be the first after it, and the rest: what a template writes after the
+    end of a turn (a newline) is no part of the answer."""
+    tokens = answer + rest
+    stop = next((n + 1 for n, token in enumerate(tokens[: len(answer) + 1]) if token in ends), len(answer))
+    return tokens[:stop], tokens[stop:]
 
 
 def tokenise_rows(

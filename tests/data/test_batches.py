@@ -114,6 +114,58 @@ def test_a_template_that_takes_thoughts_out_of_earlier_answers_gives_an_example_
         tokenise_rows([row], Thinking(), 99, single=True)
 
 
+def chat(*turns):
+    return tuple({"role": role, "content": content} for role, content in turns)
+
+
+MOVED = """{% for m in messages if m.role != 'system' %}
+    {%- if m.role == 'user' %}<u>{{ messages[0].content if loop.last }}{{ m.content }}$
+    {%- else %}[{{ m.content }}$]{% endif %}
+{%- endfor %}"""
+"""As Mistral's: the system message stands in the last turn, so that no answer follows the prompt that it had."""
+
+
+def test_an_answer_that_its_template_marks_follows_the_prompt_that_it_had():
+    row = Row(messages=chat(("system", "s"), ("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant", "two")))
+    words = CharTokenizer()
+    words.chat_template = MOVED
+    with pytest.raises(DataError, match=r"key 'messages\[2\]': the chat template does not extend its own prefix here"):
+        tokenise_rows([row], words, 99)
+    words.chat_template = MOVED.replace("{{ m.content }}$]", "{% generation %}{{ m.content }}${% endgeneration %}]")
+    found, _ = tokenise_rows([row], words, 99)
+    assert [text_of(e.tokens) for e in found] == ["<u>su$one$", "<u>u$[one$]<u>sv$two$"]
+    assert [text_of(e.tokens[e.loss_mask]) for e in found] == ["one$", "two$"]
+    # as DeepSeek R1's: the prompt opens more than the turn's header, which may stand in the mark
+    words.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<a>{{ m.content }}$"
+    words.chat_template += "{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}"
+    words.chat_template += "{{ '<a>(' if add_generation_prompt }}"
+    found, _ = tokenise_rows([row], words, 99)
+    assert [text_of(e.tokens) for e in found] == ["s|u|<a>(one$", "s|u|<a>one$v|<a>(two$"]
+    assert [text_of(e.tokens[e.loss_mask]) for e in found] == ["one$", "two$"]
+
+
+def test_of_an_answer_that_extends_its_prompt_what_is_marked_is_learnt():
+    words, row = CharTokenizer(), Row(messages=chat(("user", "u"), ("assistant", "one"), ("assistant", "two")))
+
+    def learnt(answer):
+        words.chat_template = "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}$\n{% else %}"
+        words.chat_template += answer + "{% endif %}{% endfor %}{{ '<a>' if add_generation_prompt }}"
+        example = tokenise(row, words)
+        return text_of(example.tokens[example.loss_mask])
+
+    said = "(hm){{ m.content }}"
+    plain = learnt(f"<a>{said}$\n")
+    assert plain == "(hm)one$(hm)two$"
+    # the turn's header is the prompt's, and the end of the turn is learnt wherever the mark ends
+    assert learnt("{% generation %}<a>" + said + "$\n{% endgeneration %}") == plain
+    assert learnt("<a>{% generation %}" + said + "{% endgeneration %}$\n") == plain
+    assert learnt("<a>(hm){% generation %}{{ m.content }}{% endgeneration %}$\n") == "one$two$"
+    last = "{% generation %}{{ m.content }}{% endgeneration %}"
+    assert learnt("<a>{% if m.content == 'two' %}" + last + "{% else %}{{ m.content }}{% endif %}$\n") == "two$"
+    with pytest.raises(DataError, match="the chat template writes, or marks, no answer"):
+        learnt("<a>{{ m.content }}$\n{% if false %}" + last + "{% endif %}")
+
+
 def spaced():
     """As Llama 2's: a space before any text, that a token may begin with."""
     from tokenizers import Tokenizer, decoders, models, normalizers

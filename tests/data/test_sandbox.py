@@ -5,6 +5,7 @@ import time
 import pytest
 
 from jlora.data import sandbox
+from jlora.data.marks import marks_of
 from jlora.data.template import render
 from tests.small import tokenizer
 
@@ -47,6 +48,35 @@ def test_as_transformers_renders(name):
         want = words.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
         assert render(words, MESSAGES, prompt) == want
     assert "macros" not in name or "[user:3]" in want
+
+
+MARKED = {
+    "a loop": "{% for m in messages %}{% if m.role == 'assistant' %}<a>{% generation %}{{ m.content }}\n"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "no answer": "{% generation %}{% endgeneration %}{{ messages[0].content }}{% generation %}1{% endgeneration %}",
+    "nothing": "{{ messages[0].content }}{% if false %}{% generation %}1{% endgeneration %}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_marks_stand_where_transformers_finds_them(name):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    words = tokenizer()
+    words.chat_template = MARKED[name]
+    how = {"chat_template": MARKED[name], "return_assistant_tokens_mask": True}
+    (want,), (marks,) = render_jinja_template([MESSAGES], **how)
+    text = render(words, MESSAGES, False)
+    assert text == want and marks_of(text) == tuple(marks)
+
+
+def test_marks_go_through_macros_and_blocks():
+    said = "{% macro said(m) %}[{% generation %}{{ m }}{% endgeneration %}]{% endmacro %}"
+    text = sandbox.rendered(
+        said + "{% set x %}a{{ said('bc') }}{% endset %}{{ x }}{{ said('d') }}{{ said('e')|upper }}"
+    )
+    assert text == "a[bc][d][E]" and [text[begin:end] for begin, end in marks_of(text) or ()] == ["bc", "d"]
+    assert marks_of(sandbox.rendered("a")) is None
 
 
 def test_long_conversations_are_within_the_bounds():
