@@ -33,6 +33,17 @@ def turns(value: Any, where: str, key: str) -> tuple[Message, ...]:
     return tuple(_turn(turn, f"{where}: key '{key}[{n}]") for n, turn in enumerate(value))
 
 
+def tools_of(record: Message, where: str) -> tuple[Message, ...]:
+    """A row's `tools`: JSON schemas of what the model may call, in a list or, as sets of the Hub keep them, in its JSON
+    text. Nulls are left out here too. Raises DataError."""
+    value = record.get("tools") or []
+    try:
+        value = json.loads(value if isinstance(value, str) else json.dumps(value), object_hook=_set)
+    except (TypeError, ValueError, RecursionError):
+        raise DataError(f"{where}: key 'tools' must be a list of objects, or its JSON, got {got(value)}") from None
+    return tuple(_objects(value, f"{where}: key 'tools'"))
+
+
 def learnable(messages: tuple[Message, ...]) -> bool:
     """Whether a turn carries a loss."""
     return any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages)
@@ -50,12 +61,12 @@ def _turn(turn: Any, at: str) -> Message:
     """at: where and what the turn is, with its quote left open."""
     if not isinstance(turn, dict):
         raise DataError(f"{at}' must be an object with role and content, got {got(turn)}")
-    turn = {key: value for key, value in turn.items() if value is not None}
+    turn = _set(turn)
     speaker, said = (next((key for key in keys if key in turn), keys[0]) for keys in SPELLINGS)
     role = turn.get(speaker)
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{at}.{speaker}' must be one of {', '.join(ROLES)}, got {got(role)}")
-    calls = _calls(turn.get("tool_calls"), at)
+    calls = [_called(call) for call in _objects(turn.get("tool_calls", []), f"{at}.tool_calls'")]
     content = turn.get(said, "" if calls else None)
     out: Message = {"role": ROLES[role], "content": _content(content, f"{at}.{said}")}
     if out["role"] == "assistant" and not calls and not out["content"].strip():
@@ -80,23 +91,26 @@ def _content(content: Any, at: str) -> str:
     return "".join(_whole_text(part.get("text"), f"{at}[{n}].text'") for n, part in enumerate(content))
 
 
-def _calls(calls: Any, at: str) -> list[Any]:
-    if calls is None:
-        return []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise DataError(f"{at}.tool_calls' must be a list of objects, got {got(calls)}")
-    try:
-        whole(json.dumps(calls, ensure_ascii=False), f"{at}.tool_calls'")
-    except (TypeError, RecursionError):
-        raise DataError(f"{at}.tool_calls' must be what JSON can hold, got {got(calls)}") from None
-    return [_called(call) for call in calls]
-
-
 def _called(call: Message) -> Message:
     """Without the nulls beside a call's name; one among its arguments may be meant."""
-    set_here = {key: value for key, value in call.items() if value is not None}
-    inner = set_here.get("function")
-    return set_here | {"function": _called(inner)} if isinstance(inner, dict) else set_here
+    call = _set(call)
+    inner = call.get("function")
+    return call | {"function": _called(inner)} if isinstance(inner, dict) else call
+
+
+def _objects(value: Any, at: str) -> list[Message]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{at} must be a list of objects, got {got(value)}")
+    try:
+        whole(json.dumps(value, ensure_ascii=False), at)
+    except (TypeError, RecursionError):
+        raise DataError(f"{at} must be what JSON can hold, got {got(value)}") from None
+    return value
+
+
+def _set(record: Message) -> Message:
+    """The keys of a record that are there."""
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _weight(weight: Any, at: str) -> Any:

@@ -6,12 +6,11 @@ import dataclasses
 import itertools
 import math
 import string
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.data.chats import Message, answered, got, learnable, turns, whole
+from jlora.data.chats import Message, answered, got, learnable, tools_of, turns, whole
 from jlora.data.files import DataError, records
 from jlora.io.text import one_line
 
@@ -20,11 +19,11 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "se
 KINDS = (
     {"messages", "tools"},
     {"conversations", "tools"},
-    {"prompt", "chosen", "rejected"},
+    {"prompt", "chosen", "rejected", "tools"},
     {"instruction", "input", "output"},
     {"instruction", "input", "context", "response"},
     {"text", "sentence", "pair", "label", "score"}.union(*PAIRS),
-    {"prompt", "completion"},
+    {"prompt", "completion", "tools"},
 )
 """The keys of each kind of record."""
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -37,8 +36,8 @@ class Row:
 
     `prompt` and `completion` (an empty prompt: plain text, all of which carries the loss); `messages` (`turns` in
     order, of which the first `given` carry none); a preference: `prompt`, `completion` (chosen) and `rejected`, or
-    `messages` (chosen) and `rejected_messages`; `text`, maybe `pair`, and `label` (a class or a number). `where`:
-    file:line.
+    `messages` (chosen) and `rejected_messages`; `text`, maybe `pair`, and `label` (a class or a number). `tools`: what
+    may be called in a chat, as JSON schemas. `where`: file:line.
     """
 
     prompt: str = ""
@@ -48,6 +47,7 @@ class Row:
     rejected: str = ""
     rejected_messages: tuple[Message, ...] = ()
     given: int = 0
+    tools: tuple[Message, ...] = ()
     text: str = ""
     pair: str | None = None
     label: str | int | float | None = None
@@ -168,7 +168,7 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
     if isinstance(record.get("completion"), list):
         given = turns(record.get("prompt"), where, "prompt")
         answer = answered(turns(record["completion"], where, "completion"), where, "completion")
-        return Row(messages=given + answer, given=len(given), where=where)
+        return Row(messages=given + answer, given=len(given), tools=tools_of(record, where), where=where)
     asked = {"prompt", "completion"} <= set(record)
     if "instruction" in record and ("output" in record or ("response" in record and not asked)):
         return _instruction(record, where)
@@ -182,9 +182,8 @@ def parse_row(record: Any, where: str, label: bool = False) -> Row:
 
 
 def _chat(record: dict[str, Any], key: str, where: str) -> Row:
-    if record.get("tools"):
-        warnings.warn("'tools' of chat rows are not rendered: the rows are used without them", stacklevel=3)
-    return Row(messages=answered(turns(record[key], where, key), where, key), where=where)
+    messages = answered(turns(record[key], where, key), where, key)
+    return Row(messages=messages, tools=tools_of(record, where), where=where)
 
 
 def _instruction(record: dict[str, Any], where: str) -> Row:
@@ -249,7 +248,8 @@ def _chats(record: dict[str, Any], where: str) -> Row:
     for name, chat in (("chosen", chosen), ("rejected", rejected)):
         if not learnable(chat[same:]):
             raise DataError(f"{where}: key {name!r} has no assistant turn of its own: there is nothing to prefer")
-    return Row(messages=chosen, rejected_messages=rejected, given=same, where=where)
+    tools = tools_of(record, where)
+    return Row(messages=chosen, rejected_messages=rejected, given=same, tools=tools, where=where)
 
 
 def _keys(record: dict[str, Any]) -> str:

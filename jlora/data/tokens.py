@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from os.path import commonprefix
 from typing import Any
@@ -95,9 +96,12 @@ def answers(row: Row, tokenizer: Any) -> Iterator[tuple[Message, str, str, Seque
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{row.where}: key 'messages' needs a chat template, and the tokenizer has none: {GIVE}")
 
-    def render(count: int, prompt: bool) -> str:
-        return render_template(tokenizer, row.messages[:count], prompt, row.where)
+    def render(count: int, prompt: bool, tools: Sequence[Any] = row.tools) -> str:
+        return render_template(tokenizer, row.messages[:count], prompt, row.where, tools)
 
+    every = len(row.messages)
+    if row.tools and render(every, False) == render(every, False, ()):
+        warnings.warn("the chat template does not write the rows' 'tools': they are used without them", stacklevel=2)
     for n, message in enumerate(row.messages):
         if message["role"] != "assistant" or n < row.given:
             continue

@@ -166,6 +166,15 @@ def test_of_an_answer_that_extends_its_prompt_what_is_marked_is_learnt():
         learnt("<a>{{ m.content }}$\n{% if false %}" + last + "{% endif %}")
 
 
+def test_tools_are_in_the_prompt_and_a_template_without_them_is_told():
+    words, row = CharTokenizer(), Row(messages=chat(("user", "u"), ("assistant", "one")), tools=({"name": "add"},))
+    with pytest.warns(UserWarning, match="the chat template does not write the rows' 'tools'"):
+        assert text_of(tokenise(row, words).tokens) == "<u>u$\n<a>one$"
+    words.chat_template = "{% for t in tools or () %}({{ t.name }}){% endfor %}" + CharTokenizer.chat_template
+    example = tokenise(row, words)
+    assert text_of(example.tokens) == "(add)<u>u$\n<a>one$" and text_of(example.prompt) == "(add)<u>u$\n<a>"
+
+
 def spaced():
     """As Llama 2's: a space before any text, that a token may begin with."""
     from tokenizers import Tokenizer, decoders, models, normalizers

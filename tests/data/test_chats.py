@@ -1,5 +1,6 @@
 """Turns of chats: what of them reaches the template, and what a bad one says."""
 
+import json
 import types
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from jlora.data import Columns, DataError
 from jlora.data.rows import adapt, parse_row
 from jlora.data.template import render
+from tests.small import tokenizer
 
 ASK = {"role": "user", "content": "q"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
@@ -121,8 +123,49 @@ def test_conversations_are_chats():
     assert parse_row(adapt(both, Columns(rename=("conversations=conversations",)), "x:1"), "x:1") == row
     assert parse_row(adapt(record, Columns(rename=("text=text",)), "x:1"), "x:1").kind == "text"
     refused("conversations' has no assistant turn", {"conversations": said[:2]})
-    with pytest.warns(UserWarning, match="'tools' of chat rows are not rendered"):
-        parse_row({**record, "tools": "[]"}, "x:1")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+
+
+def test_tools_reach_the_template_as_in_transformers():
+    words, answer = tokenizer(), {"role": "assistant", "content": "good"}
+    writes = "{% if tools %}{{ tools | tojson }}{% endif %}{{ tools is none }}"
+    for template in (words.chat_template + writes, {"default": "no", "tool_use": writes}):
+        words.chat_template = template
+        row = parse_row({"messages": [ASK, answer], "tools": [TOOL]}, "x:1")
+        want = words.apply_chat_template([ASK, answer], tools=[TOOL], tokenize=False)
+        assert render(words, row.messages, False, tools=row.tools) == want != render(words, row.messages, False)
+        assert want.endswith("False") and json.dumps(TOOL) in want
+
+
+def test_tools_are_read_in_every_row_of_a_chat():
+    answer, other = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+    chats = [{"messages": [ASK, answer]}, {"conversations": [ASK, answer]}, {"prompt": [ASK], "completion": [answer]}]
+    filled = {**TOOL, "strict": None, "function": {**TOOL["function"], "returns": None}}
+    for chat in [*chats, {"prompt": [ASK], "chosen": [answer], "rejected": [other]}]:
+        for tools in ([TOOL], json.dumps([TOOL]), [filled]):
+            row = parse_row({**chat, "tools": tools}, "x:1")
+            assert row.tools == (TOOL,) and all(side.tools == (TOOL,) for side in row.sides)
+        for nothing in (None, [], "", "[]"):
+            assert parse_row({**chat, "tools": nothing}, "x:1").tools == ()
+        renamed = adapt({**chat, "functions": [TOOL]}, Columns(rename=("tools=functions",)), "x:1")
+        assert parse_row(renamed, "x:1").tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [
+        (TOOL, "must be a list of objects, got dict"),
+        (["add"], "must be a list of objects, got list"),
+        ("add", "must be a list of objects, or its JSON, got str 'add'"),
+        ([b"add"], "must be a list of objects, or its JSON, got list"),
+        ([{"name": "\ud83d"}], "holds half a character"),
+        ('[{"name": "\\ud83d"}]', "holds half a character"),
+    ],
+)
+def test_bad_tools_are_named(tools, text):
+    refused(f"tools' {text}", {"messages": [{"role": "assistant", "content": "a"}], "tools": tools})
 
 
 def test_a_prompt_of_turns_carries_no_loss():

@@ -89,8 +89,6 @@ def test_what_a_record_is_is_told_by_its_keys():
     assert alpaca.prompt == "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n" and alpaca.completion == "2"
     with pytest.raises(DataError, match="x:1: key 'label' must be a class or a number, got nothing"):
         parse_row({"text": "a", "label": None}, "x:1")
-    with pytest.warns(UserWarning, match="'tools' of chat rows are not rendered"):
-        parse_row({**kinds["chat"], "tools": [{}]}, "x:1")
 
 
 def test_preferences_between_chats():

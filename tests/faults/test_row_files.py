@@ -52,6 +52,9 @@ LINES = {
     "a list for content": '{"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}',
     "a call of text": '{"messages": [{"role": "assistant", "tool_calls": "add"}]}',
     "half a character in a call": '{"messages": [{"role": "assistant", "tool_calls": [{"name": "\\ud83d"}]}]}',
+    "a tool of text": '{"messages": [{"role": "assistant", "content": "a"}], "tools": ["add"]}',
+    "tools of no JSON": '{"messages": [{"role": "assistant", "content": "a"}], "tools": "[{"}',
+    "half a character in a tool": '{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"a": "\\ud83d"}]}',
     "a weight of NaN": '{"messages": [{"role": "assistant", "content": "a", "weight": NaN}]}',
     "an image": '{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}',
     "a deep part": '{"messages": [{"role": "assistant", "content": ' + "[" * 900 + "]" * 900 + "}]}",
@@ -80,9 +83,11 @@ LINES = {
 def test_deep_calls_end_in_an_error_at_most(tmp_path):
     for depth in (500, 900, 980):
         deep = "[" * depth + "]" * depth
-        line = '{"messages": [{"role": "assistant", "tool_calls": [{"function": ' + deep + "}]}]}"
-        (tmp_path / "rows.jsonl").write_text(line)
-        survives(lambda: read_rows(tmp_path / "rows.jsonl"), tmp_path)
+        calls = '{"messages": [{"role": "assistant", "tool_calls": [{"function": ' + deep + "}]}]}"
+        tools = '{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"function": ' + deep + "}]}"
+        for line in (calls, tools, json.dumps({**json.loads(calls), "tools": deep})):
+            (tmp_path / "rows.jsonl").write_text(line)
+            survives(lambda: read_rows(tmp_path / "rows.jsonl"), tmp_path)
 
 
 @pytest.mark.parametrize("name", LINES)
