@@ -21,16 +21,16 @@ TEXTS = ("name", "tool_call_id", "reasoning_content")
 """Keys of a turn beside its content that templates write, where they are set."""
 
 
-def turns(value: Any, where: str, key: str) -> tuple[Message, ...]:
+def turns(value: Any, where: str, key: str, learnt: bool = True) -> tuple[Message, ...]:
     """The messages under `key`: {role, content}, or ShareGPT's {from, value}; with `tool_calls`, `TEXTS` and, where it
     is 0, `weight` (the turn carries no loss: `data/tokens.py`). A null is a key that is not there, as Parquet and the
-    Hub fill every key that any turn of the set has.
+    Hub fill every key that any turn of the set has. learnt: an assistant's turn of nothing is refused.
 
     Raises DataError naming the turn.
     """
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: key {key!r} must be a list of {{role, content}}, got {got(value)}")
-    return tuple(_turn(turn, f"{where}: key '{key}[{n}]") for n, turn in enumerate(value))
+    return tuple(_turn(turn, f"{where}: key '{key}[{n}]", learnt) for n, turn in enumerate(value))
 
 
 def tools_of(record: Message, where: str) -> tuple[Message, ...]:
@@ -57,7 +57,7 @@ def answered(messages: tuple[Message, ...], where: str, key: str) -> tuple[Messa
     return messages
 
 
-def _turn(turn: Any, at: str) -> Message:
+def _turn(turn: Any, at: str, learnt: bool) -> Message:
     """at: where and what the turn is, with its quote left open."""
     if not isinstance(turn, dict):
         raise DataError(f"{at}' must be an object with role and content, got {got(turn)}")
@@ -69,7 +69,7 @@ def _turn(turn: Any, at: str) -> Message:
     calls = [_called(call) for call in _objects(turn.get("tool_calls", []), f"{at}.tool_calls'")]
     content = turn.get(said, "" if calls else None)
     out: Message = {"role": ROLES[role], "content": _content(content, f"{at}.{said}")}
-    if out["role"] == "assistant" and not calls and not out["content"].strip():
+    if learnt and out["role"] == "assistant" and not calls and not out["content"].strip():
         raise DataError(f"{at}.{said}' is empty, and no tool is called: there is nothing to learn from the turn")
     for key in TEXTS:
         if key in turn:

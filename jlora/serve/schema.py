@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.data.chats import Message, turns
+from jlora.data.files import DataError
 from jlora.data.template import render
 from jlora.data.tokens import prompt_ids, text_ids
 from jlora.serve.request import Ask
@@ -146,26 +148,16 @@ def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     return words
 
 
-def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The conversation; a content in parts becomes their text. Raises BadRequest."""
+def messages_of(body: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The conversation, as rows of chats are read. Raises BadRequest."""
     held = body.get("messages")
-    if not isinstance(held, list) or not held:
-        raise BadRequest("messages must be a list of {role, content}", "messages")
-    out = []
-    for n, message in enumerate(held):
-        at = f"messages[{n}]"
-        if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
-            raise BadRequest(f"{at}.role must be system, developer, user or assistant", "messages")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise BadRequest(f"{at} calls tools, which are not supported here: put it as text", "messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                raise BadRequest(f"{at}.content has parts that are not text: this model reads text", "messages")
-            content = "".join(text_of(part.get("text"), f"{at}.content") for part in content)
-        role = "system" if message["role"] == "developer" else message["role"]
-        out.append({"role": role, "content": text_of(content, f"{at}.content")})
-    return out
+    for n, message in enumerate(held if isinstance(held, list) else ()):
+        if isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call")):
+            raise BadRequest(f"messages[{n}] calls tools, which are not supported here: put it as text", "messages")
+    try:
+        return turns(held, "the request", "messages", learnt=False)
+    except DataError as error:
+        raise BadRequest(str(error), "messages") from None
 
 
 def prompt_tokens(

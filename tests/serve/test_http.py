@@ -203,7 +203,14 @@ def test_bodies_that_are_none(served, client):
     messages = [[], [{"role": "x", "content": "a"}], [{"role": "user", "content": 3}], "a"]
     messages.append([{"role": "user", "content": [{"type": "image_url"}]}])
     for bad in messages:
-        assert served.post("/v1/chat/completions", model="film", messages=bad).status_code == 400, bad
+        answer = served.post("/v1/chat/completions", model="film", messages=bad)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages", bad
+    assert answer.json()["error"]["message"] == (
+        "the request: key 'messages[0].content[0]' must be a part of type text, as the model reads text alone, "
+        "got str 'image_url'"
+    )
+    empty = [{"role": "user", "content": "good"}, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}]
+    assert served.post("/v1/chat/completions", model="film", messages=empty, max_tokens=1).status_code == 200
 
 
 def test_adapters_come_and_go_but_only_from_their_folders(served, tmp_path):
