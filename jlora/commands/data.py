@@ -13,6 +13,7 @@ import tyro
 from jlora.commands.dry import shown
 from jlora.commands.settings import in_range, say
 from jlora.data import Columns, Example, Row, bucket_lengths, read_rows, tokenise_rows
+from jlora.data.template import template_for
 from jlora.data.tokens import examples_of
 from jlora.io import load
 
@@ -37,6 +38,8 @@ class DataConfig:
     prompt: str | None = None
     """Prompt of a row as a template of its columns: "{mr} ->"."""
     completion: str | None = None
+    chat_template: str | None = None
+    """File of Jinja in place of the model's chat template."""
     max_length: int = 512
     buckets: int = 4
 
@@ -52,6 +55,7 @@ def data_command(config: DataConfig) -> dict[str, Any]:
     base = load(config.model, weights=False)
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
+    base = base.speaking(template_for(config.chat_template, None))
     examples, _ = tokenise_rows(rows, base.tokenizer, sys.maxsize, base.ends)
     colour = sys.stderr.isatty()
     for row in rows[: config.show]:

@@ -48,6 +48,8 @@ class EvalConfig:
     """Of written answers: exact, bleu, chrf, rouge, or FILE.py:function; rows of one prompt are its references."""
     max_new_tokens: int = 128
     """Of a written answer."""
+    chat_template: str | None = None
+    """File of Jinja by which chats are read; without, that beside the adapter, else the tokenizer's."""
     draws: int = 1000
     """Bootstrap samples behind each interval."""
     batch: int = 16
@@ -75,6 +77,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
         adapter=config.adapter,
         loss="dpo" if any(row.kind == "preference" for row in rows) else "answers",
         metrics=config.metrics,
+        chat_template=config.chat_template,
         batch=config.batch,
         max_length=config.max_length,
         buckets=config.buckets,

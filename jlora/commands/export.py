@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from jlora.commands.merge import MergeConfig, merge_command, read_base
 from jlora.commands.settings import say
+from jlora.data.template import template_for, write_template
 from jlora.io.adapters import load_adapter, peft_form, save_adapter
 from jlora.io.classes import read_classes, write_classes
 from jlora.io.gguf_adapter import save_gguf_adapter
@@ -60,6 +61,7 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
     folder = save_adapter(config.output, dataclasses.replace(base, source=name, revision=revision), trained, what)
     if head:
         write_classes(folder, read_classes(config.adapter))
+    write_template(folder, template_for(None, config.adapter))
     written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for note in refused_by_vllm(written) if written["peft_type"] == "LORA" else ():
         say(note)

@@ -12,7 +12,7 @@ import tyro
 
 import jlora
 from jlora.commands.settings import say, scheme
-from jlora.data.template import render
+from jlora.data.template import render, template_for
 from jlora.data.tokens import prompt_ids, text_ids
 from jlora.generate import GenerateConfig, generate_text, stream
 from jlora.io import Pretrained, load
@@ -30,6 +30,8 @@ class Writing:
     """Folder of the adapter."""
     system: str | None = None
     """System message; only with a chat template."""
+    chat_template: str | None = None
+    """File of Jinja; without, the chat template beside the adapter, else the tokenizer's."""
     max_new_tokens: int = 256
     temperature: float = 0.0
     """0: greedy."""
@@ -74,9 +76,11 @@ def settings(config: Writing) -> GenerateConfig:
 
 def ready(config: Writing) -> tuple[Pretrained, Any]:
     """(model, params with the adapter); a prefix is part of the model."""
+    template = template_for(config.chat_template, config.adapter)
     base = load(config.model, dtype=jnp.dtype(config.dtype), quantise=scheme(config.quantise))
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
+    base = base.speaking(template)
     if config.adapter is None:
         return base, base.params
     frozen, lora, _ = load_adapter(base, config.adapter)

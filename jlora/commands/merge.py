@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import jlora
 from jlora.commands.settings import scheme
+from jlora.data.template import template_for
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
 from jlora.io.classes import head_for, hub_classes, read_classes
@@ -34,9 +35,9 @@ class MergeConfig:
 
 
 def read_base(model: str, adapter: str, *, quantise: str = "none", weights: bool = True) -> tuple[Pretrained, bool]:
-    """(the base as the adapter's folder needs it, whether with a head for labels)."""
-    head = head_for(adapter)
-    return load(model, quantise=scheme(quantise), weights=weights, **head), bool(head)
+    """(the base as the adapter's folder needs it, with its chat template, whether with a head for labels)."""
+    head, template = head_for(adapter), template_for(None, adapter)
+    return load(model, quantise=scheme(quantise), weights=weights, **head).speaking(template), bool(head)
 
 
 def merge_command(config: MergeConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tyro
 
 from jlora.commands.settings import say
 from jlora.config import LoraConfig
+from jlora.data.template import template_for, write_template
 from jlora.io.load import read_json
 from jlora.io.patterns import Patterns
 from jlora.io.peft import save_peft
@@ -71,6 +72,10 @@ def mix_command(config: MixConfig) -> dict[str, Any]:
     settings = LoraConfig(r=max(ranks), lora_alpha=max(ranks))
     card = {"made by": f"jlora mix {' '.join(config.adapters)} --method {config.method}"}
     save_peft(config.output, mixed, settings, tensors, *where[0], task=first.get("task_type"), card=card)
+    said = {template_for(None, folder) for folder, _ in named}
+    write_template(Path(config.output), said.pop() if len(said) == 1 else None)
+    if said:
+        say("the adapters' chat templates differ, and the mix has none: give one to eval, generate and chat")
     say(f"jlora eval --model {next(iter(bases))} --adapter {config.output} --data ... compares it with the base")
     return {"output": config.output, "rank": max(ranks), "modules": len(ranks)}
 

@@ -60,6 +60,9 @@ class TrainConfig(MethodConfig, Source):
     """Examples a device step."""
     accumulate: int = 1
     """Device steps an optimiser step."""
+    chat_template: str | None = None
+    """File of Jinja in place of the tokenizer's chat template; it is kept beside the adapter, which is then used by it.
+    Without, that of `adapter`."""
     max_length: int = 512
     """Tokens; longer examples are cut on the left, and counted."""
     buckets: int = 4

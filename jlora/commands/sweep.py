@@ -120,6 +120,7 @@ def sweep_command(config: SweepConfig) -> dict[str, Any]:
         found = {"name": name, "before": before[n], "after": score(trained, parts[n])}
         save = keeper(settings, base, made[n][0], grown[n][1])
         found["adapter"] = str(save(folder / "adapter", trained, {"data": settings.data, "steps": steps}))
+        parts[n].task.beside(folder / "adapter")
         report["trials"].append(found)
         if found["after"]:
             say(f"{name}: loss {found['before']['loss']:.4g} -> {found['after']['loss']:.4g}")

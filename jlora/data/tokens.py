@@ -16,7 +16,7 @@ from jlora.data.marks import Span, marks_of
 from jlora.data.rows import Row
 from jlora.data.template import render as render_template
 
-GIVE = "give the tokenizer one"
+GIVE = "give one of your own (chat_template)"
 Piece = tuple[list[int], bool]
 """Tokens, and whether they are learnt."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import re
@@ -49,11 +50,21 @@ class Pretrained:
     stops: tuple[int, ...] = ()
     """Tokens that end an answer by the checkpoint's files or its chat template, beside the tokenizer's own."""
 
-    @property
+    @functools.cached_property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer or a turn, the tokenizer's first. (Gemma's turns end in one of their own.)"""
         own = getattr(self.tokenizer, "eos_token_id", None)
         return tuple(dict.fromkeys([*([] if own is None else [int(own)]), *self.stops]))
+
+    def speaking(self, template: str | None) -> Pretrained:
+        """The same with another chat template, whose end of a turn ends answers too; None: with its own."""
+        from jlora.data.tokens import turn_end  # which reads this package
+
+        if template is None or self.tokenizer is None:
+            return self
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = template
+        return dataclasses.replace(self, tokenizer=tokenizer, stops=(*self.stops, *turn_end(tokenizer)))
 
     def check(self, length: int, token: int) -> None:
         """Raises ValueError for more positions than the model has a table for, or a token that it does not have: the

@@ -48,7 +48,8 @@ def save(
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(beside)
         for name in COPIED:
-            if base.folder and own(base.folder, name):
+            # a tokenizer writes the chat template itself, which may be an adapter's
+            if base.folder and own(base.folder, name) and not (beside / name).exists():
                 shutil.copyfile(base.folder / name, beside / name)
         if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
             eos = list(base.ends) if len(base.ends) > 1 else base.tokenizer.eos_token_id

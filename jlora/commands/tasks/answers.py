@@ -17,6 +17,7 @@ from jlora.commands.settings import TrainConfig, say, scheme
 from jlora.commands.share import shared
 from jlora.commands.spread import Spread, spread_of
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
+from jlora.data.template import template_for, write_template
 from jlora.io import Pretrained
 from jlora.methods.named import Sight
 from jlora.train import TrainState, answer_sums, evaluate, init_state, make_eval_step, make_train_step
@@ -39,6 +40,7 @@ class Answers:
 
     def __init__(self, config: TrainConfig):
         self.config, self.cut, self.spread = config, 0, Spread()
+        self.template = template_for(config.chat_template, config.adapter)
 
     def load(self) -> Pretrained:
         """The model as the settings want it."""
@@ -48,7 +50,7 @@ class Answers:
         base, self.spread = spread_of(c, kinds)
         if base.tokenizer is None:
             raise ValueError(f"{base.source} has no tokenizer: rows of text need tokenizer.json beside the weights")
-        return base
+        return base.speaking(self.template)
 
     def examples(self, rows: list[Row], base: Pretrained, name: str) -> list[Any]:
         """The rows as the model reads them; says how many were cut, which `cut` counts."""
@@ -137,7 +139,8 @@ class Answers:
         return [row for row in rows if row.prompt]
 
     def beside(self, folder: Path) -> None:
-        """What else belongs into an adapter's folder."""
+        """Write what else belongs into an adapter's folder."""
+        write_template(folder, self.template)
 
 
 def watched(batches: BatchSource, progress: Callable[[int], None]) -> Any:

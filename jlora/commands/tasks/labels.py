@@ -26,6 +26,8 @@ class Labels(Answers):
 
     def __init__(self, config: TrainConfig, rows: Sequence[Row]):
         super().__init__(config)
+        if config.chat_template:
+            raise ValueError(f"chat_template = {config.chat_template}: labels are of no chats, leave it out")
         if config.adapter and (Path(config.adapter) / FILE).is_file():
             self.classes: Classes = read_classes(config.adapter)
         else:
