@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.bank.bank import AdapterBank
+from jlora.data.template import template_for
 from jlora.io.adapters import load_adapter
 from jlora.io.load import Pretrained
 
@@ -15,13 +16,14 @@ from jlora.io.load import Pretrained
 class Held:
     """An adapter on the shelf. `version` counts the files put under a name: requests of an older one keep theirs.
 
-    `stamp`: what its files were like then, by which one written over is told.
+    `stamp`: what its files were like then, by which one written over is told. `base`: with the adapter's chat template.
     """
 
     name: str
     folder: Path
-    version: int
+    version: int = 0
     stamp: tuple[int, ...] = ()
+    base: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
 class Shelf:
@@ -34,21 +36,21 @@ class Shelf:
 
     def put(self, name: str, folder: str | Path) -> Held:
         """Offer the adapter of `folder` as `name`, from now on. Raises what `examine` raises."""
-        return self.offer(name, Path(folder), self.examine(Path(folder)))
+        return self.offer(self.examine(name, Path(folder)))
 
-    def examine(self, folder: Path) -> tuple[int, ...]:
-        """Read an adapter and see that it fits; its stamp. Changes nothing, so any thread may.
+    def examine(self, name: str, folder: Path) -> Held:
+        """Read an adapter and see that it fits: what to offer. Changes nothing, so any thread may.
 
         Raises what `AdapterBank.checked` and reading raise.
         """
         stamp = stamp_of(folder)
         self.bank.checked(folder.name, self.read(folder))
-        return stamp
+        return Held(name, folder, stamp=stamp, base=self.base.speaking(template_for(None, folder)))
 
-    def offer(self, name: str, folder: Path, stamp: tuple[int, ...]) -> Held:
+    def offer(self, held: Held) -> Held:
         self.count += 1
-        self.held[name] = Held(name, folder, self.count, stamp)
-        return self.held[name]
+        self.held[held.name] = dataclasses.replace(held, version=self.count)
+        return self.held[held.name]
 
     def read(self, folder: Path) -> Any:
         frozen, lora, _ = load_adapter(self.base, folder)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.commands.settings import say
+from jlora.data.template import template_for
 from jlora.io import load
 
 KEEP_ALIVE = 30
@@ -30,6 +31,8 @@ class ServeConfig:
     """Folders of adapters in PEFT's format (NAME/ or NAME/adapter/); served by NAME, and nothing else may be loaded."""
     host: str = "127.0.0.1"
     port: int = 8000
+    chat_template: str | None = None
+    """File of Jinja in place of the model's chat template; adapters that have one beside them keep theirs."""
     name: str | None = None
     """The base model's name for clients; its source's last part if not given."""
     slots: int = 8
@@ -68,12 +71,12 @@ def serve_command(config: ServeConfig) -> None:
     from jlora.serve.folders import Folders
 
     began = time.monotonic()
-    folders, key = Folders(config.adapters), api_key(config)
+    folders, key, template = Folders(config.adapters), api_key(config), template_for(config.chat_template, None)
     say(f"reading {config.model}")
     # on a CPU a scan copies every layer's weights out of the stack, and a step of decoding is little more than that
     base = load(config.model, dtype=jnp.dtype(config.dtype), scan_layers=jax.default_backend() != "cpu")
     engine = Engine(
-        base,
+        base.speaking(template),
         slots=config.slots,
         max_length=config.max_length,
         queue=config.queue,

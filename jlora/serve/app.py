@@ -16,6 +16,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from jlora.io import Pretrained
 from jlora.serve.engine import Engine, QueueFull
 from jlora.serve.folders import Folders, name_of
 from jlora.serve.guard import allowed, key_digest, read_body
@@ -135,7 +136,7 @@ class Server:
         if not isinstance(options, dict):
             raise BadRequest("stream_options must be an object", "stream_options")
         left = lambda: self.limits.seconds - (time.monotonic() - arrived)
-        tokens = await self.tokens(body, chat, left())
+        tokens = await self.tokens(body, self.engine.speaker(adapter), chat, left())
         ask = ask_of(body, tokens, adapter, chat, self.engine.max_length)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -174,9 +175,9 @@ class Server:
         close()
         return JSONResponse(out.whole(text, request.finish or "stop", len(request.new)))
 
-    async def tokens(self, body: dict[str, Any], chat: bool, seconds: float) -> list[int]:
+    async def tokens(self, body: dict[str, Any], base: Pretrained, chat: bool, seconds: float) -> list[int]:
         """The prompt's. Raises QueueFull while as many are read as have a place afterwards, BadRequest."""
-        base, most = self.engine.base, self.engine.most_waiting + len(self.engine.running)
+        most = self.engine.most_waiting + len(self.engine.running)
         if self.reading >= most:
             raise QueueFull(f"{most} prompts are being read already: try again later")
         loop, given = asyncio.get_running_loop(), (base.tokenizer, chat, base.config.vocab_size, self.most_text)

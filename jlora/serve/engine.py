@@ -78,7 +78,6 @@ class Engine:
         self.admitting: Request | None = None  # in neither of the two, but not to be forgotten
         self.commands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self.changed, self.stopping, self.failed = threading.Condition(), False, ""
-        self.ends = frozenset(base.ends)
         self.counts: dict[str, float] = collections.defaultdict(float)
         self.thread = threading.Thread(target=self.loop, name="jlora-engine", daemon=True)
 
@@ -130,13 +129,17 @@ class Engine:
             self.changed.notify()
         return future
 
+    def speaker(self, adapter: Any) -> Pretrained:
+        """The base with the chat template of a `Shelf` entry, or, for None, with its own."""
+        return self.base if adapter is None else adapter.base
+
     def load(self, name: str, folder: Path) -> Future[Any]:
         """Offer an adapter, or a new one under an old name: requests that run keep the old.
 
         The file is read here, in the caller's thread. Raises what `Shelf.examine` raises.
         """
-        stamp = self.shelf.examine(folder)
-        return self.ask_thread(lambda: self.shelf.offer(name, folder, stamp))
+        held = self.shelf.examine(name, folder)
+        return self.ask_thread(lambda: self.shelf.offer(held))
 
     def unload(self, name: str) -> Future[Any]:
         return self.ask_thread(lambda: self.shelf.drop(name))
@@ -296,7 +299,8 @@ class Engine:
         assert request is not None
         self.counts["generation_tokens"] += 1
         full = len(request.ask.tokens) + len(request.new) + 1 >= self.max_length
-        if request.take(token, self.base.tokenizer, self.ends, full):
+        base = self.speaker(request.ask.adapter)
+        if request.take(token, base.tokenizer, base.ends, full):
             self.free(slot)
 
     def free(self, slot: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jlora.serve.schema import BadRequest
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 

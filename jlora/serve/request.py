@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -46,7 +46,7 @@ class Request:
         self.finish: Finish | None = None
         self.arrived, self.first = time.monotonic(), 0.0
 
-    def take(self, token: int, tokenizer: Any, ends: frozenset[int], last: bool) -> bool:
+    def take(self, token: int, tokenizer: Any, ends: Collection[int], last: bool) -> bool:
         """Count a token in and emit what text it settles; True if the request is over. last: there is no room more."""
         self.new.append(token)
         self.first = self.first or time.monotonic()

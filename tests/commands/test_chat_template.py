@@ -106,6 +106,19 @@ def test_a_sweep_keeps_it(place, tmp_path):
     assert [path.read_text() for path in tmp_path.rglob(FILE)] == [OWN]
 
 
+def test_a_server_speaks_by_it(place, monkeypatch, capsys):
+    pytest.importorskip("uvicorn")
+    served = []
+
+    def engine(base, **settings):
+        served.append(base.tokenizer.chat_template)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("jlora.serve.engine.Engine", engine)
+    ends(capsys, 1, "serve", "--model", place[0], "--chat-template", place[2])
+    assert served == [OWN]
+
+
 def test_labels_have_no_chats(place):
     rows = [Row(text="a", label="b"), Row(text="a", label="c")]
     with pytest.raises(ValueError, match="labels are of no chats, leave it out"):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -234,12 +235,15 @@ def test_adapters_come_and_go_but_only_from_their_folders(served, tmp_path):
     (folder / "half").mkdir()
     (folder / "half" / "adapter_config.json").write_bytes((outside / "adapter_config.json").read_bytes())
     os.symlink(outside / "adapter_model.safetensors", folder / "half" / "adapter_model.safetensors")
+    shutil.copytree(outside, folder / "told")
+    os.symlink(outside / "README.md", folder / "told" / "chat_template.jinja")
     up = "/".join([".."] * 12) + str(outside)
     said = set()
     for path in (
         str(outside),
         "link",
         "half",
+        "told",
         "film/../../base",
         up,
         "absent",
@@ -258,6 +262,29 @@ def test_adapters_come_and_go_but_only_from_their_folders(served, tmp_path):
         assert load(name, "news").status_code == 400, name
     assert [m["id"] for m in served.http.get("/v1/models").json()["data"]] == ["small", *NAMES]
     assert set(Folders([folder]).found()) == set(NAMES)
+
+
+def test_an_adapter_speaks_by_the_chat_template_beside_it(served):
+    folder = served.folder / "spoken"
+    shutil.copytree(served.folder / "film", folder)
+    load = {"lora_name": "spoken", "lora_path": "spoken"}
+    try:
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}")
+        error = served.post("/v1/load_lora_adapter", **load).json()["error"]["message"]
+        assert "spoken/chat_template.jinja: not a chat template: Unexpected end" in error
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} <unk> {% endfor %}")
+        assert served.post("/v1/load_lora_adapter", **load).status_code == 200
+    finally:
+        shutil.rmtree(folder)
+    said = {"messages": [{"role": "user", "content": "good film"}], "max_tokens": 1}
+    counts = {
+        name: served.post("/v1/chat/completions", model=name, **said).json()["usage"]["prompt_tokens"]
+        for name in ("spoken", "film", "small")
+    }
+    assert counts == {"spoken": 3, "film": 9, "small": 9}
+    ends = {name: served.engine.speaker(held).ends for name, held in served.engine.shelf.held.items()}
+    assert ends["spoken"] == (2, 0) and ends["film"] == served.base.ends == (2,)
+    assert served.post("/v1/unload_lora_adapter", lora_name="spoken").status_code == 200
 
 
 def test_swapping_an_adapter_under_load_drops_and_mixes_nothing(served):
