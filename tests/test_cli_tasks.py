@@ -139,6 +139,53 @@ def test_what_a_head_lacks_is_told_without_its_weights(encoder, tmp_path):
     assert fresh(False) == {"classifier", "pooler"}
 
 
+@pytest.mark.parametrize(
+    ("found", "held", "classes"),
+    [
+        (["bad", "good"], ["good", "bad"], ["good", "bad"]),
+        (["bad", "good"], ["GOOD", "so-so", "BAD"], ["good", "so-so", "bad"]),
+        (["0", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "1", "2"]),
+        (["1", "2"], ["LABEL_0", "LABEL_1"], None),
+        (["bad", "good"], ["down", "up"], None),
+        (["Bad", "bad"], ["bad", "up"], None),
+        (["bad", "good"], [], None),
+    ],
+)
+def test_classes_are_as_the_checkpoint_orders_them(found, held, classes):
+    from jlora.io.classes import in_order
+
+    assert in_order(found, held) == classes
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_classifier_of_the_hub_is_evaluated_by_its_own_names(encoder, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"{word} film", "label": mood.strip()}) + "\n" for word, mood in PAIRS.items()) * 4
+    )
+    rows, merged = ["--data", str(tmp_path / "rows.jsonl")], tmp_path / "merged"
+    main(["train", "--model", encoder, *rows, "--output", str(tmp_path / "run"), *FAST])
+    main(["merge", "--model", encoder, "--adapter", str(tmp_path / "run" / "adapter"), "--output", str(merged)])
+    capsys.readouterr()
+    evaluate = lambda *args: result(capsys, "eval", "--json", "--model", str(merged), *args)["base"]["accuracy"]
+    assert evaluate(*rows) == 1.0
+    held = load_file(merged / "model.safetensors")
+    save_file(
+        {n: x[::-1].copy() if n.startswith("classifier") else x for n, x in held.items()}, merged / "model.safetensors"
+    )
+    config = json.loads((merged / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    turned = {"id2label": {"0": "POSITIVE", "1": "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    (merged / "config.json").write_text(json.dumps(config | turned))
+    assert evaluate(*rows) == 1.0
+    (merged / "config.json").write_text(json.dumps(config | {"id2label": {"0": "up", "1": "down"}}))
+    main(["eval", "--json", "--model", str(merged), *rows])
+    out, said = capsys.readouterr()
+    assert json.loads(out)["base"]["accuracy"] == 0.0
+    assert "the head's outputs are taken to be negative; positive" in said
+
+
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_preferences(loss, tmp_path, capsys):
     model, data = small_model(tmp_path / "model"), tmp_path / "pairs.jsonl"

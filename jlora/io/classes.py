@@ -34,6 +34,27 @@ def read_classes(folder: str | Path) -> Classes:
     return classes
 
 
+def checkpoint_classes(folder: Path) -> list[str]:
+    """The names of the classes of a head of the Hub, in the order of its outputs, by config.json's id2label; or []."""
+    file = folder / "config.json"
+    held = read_json(file).get("id2label") if file.is_file() else None
+    with contextlib.suppress(AttributeError, ValueError, TypeError):
+        by_number = {int(n): name for n, name in held.items()}
+        names = [by_number[n] for n in sorted(by_number)]
+        return names if all(isinstance(name, str) for name in names) else []
+    return []
+
+
+def in_order(found: list[str], held: list[str]) -> list[str] | None:
+    """The classes of the data, `found`, as the head of a checkpoint has them, `held`: all of its, by their names in any
+    case, or by their numbers where it calls them LABEL_0, LABEL_1 ...; None where they are others."""
+    mine = {name.casefold(): name for name in found}
+    if {name.casefold() for name in held} >= {*mine} and len(mine) == len(found):
+        return [mine.get(name.casefold(), name) for name in held]
+    numbers = [str(n) for n in range(len(held))]
+    return numbers if held == [f"LABEL_{n}" for n in numbers] and {*found} <= {*numbers} else None
+
+
 def head_for(folder: str | Path) -> dict[str, Any]:
     """How `load` reads a base for the adapter of `folder`: {head, labels} where it is of labels, else {}.
 

@@ -13,7 +13,8 @@ import optax.contrib
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """`learning_rate` is the peak; `warmup` and `clip` may be 0 for none. b1, b2: of adamw and lion."""
+    """`learning_rate` is the peak; `warmup` and `clip` may be 0 for none. b1, b2: of adamw and lion; b2 is 0.999 of the
+    one and 0.99 of the other, if not given."""
 
     learning_rate: float = 1e-3
     optimiser: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
@@ -25,7 +26,7 @@ class OptimiserConfig:
     clip: float = 1.0
     """Largest global norm of the gradient."""
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None
 
 
 def make_schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
@@ -64,10 +65,16 @@ def clipped(inner: optax.GradientTransformation, norm: float) -> optax.GradientT
 def unclipped(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """`make_optimiser` without clipping."""
     rate, decay = make_schedule(config, steps), config.weight_decay
+    second = lambda usual: usual if config.b2 is None else config.b2
     makers: dict[str, Callable[[], Any]] = {
-        "adamw": lambda: optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
-        "lion": lambda: optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay),
-        "adafactor": lambda: optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None),
+        "adamw": lambda: optax.adamw(rate, b1=config.b1, b2=second(0.999), weight_decay=decay),
+        "lion": lambda: optax.lion(rate, b1=config.b1, b2=second(0.99), weight_decay=decay),
+        # optax's own decay of adafactor is not scaled by the learning rate
+        "adafactor": lambda: optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(-decay),
+            optax.scale_by_schedule(rate),
+        ),
         # a factor's stack axes are not a matrix's: muon takes the last two, what is no matrix goes to its adam
         "muon": lambda: optax.contrib.muon(rate, weight_decay=decay, muon_weight_dimension_numbers=matrices),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.b1)),

@@ -275,6 +275,19 @@ def test_every_optimiser_lowers_the_loss_of_stacked_factors(name):
     assert float(loss(x)) < before and float(jnp.abs(x["bias"]).max()) > 0
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_decay_is_scaled_by_the_learning_rate(name):
+    tx = make_optimiser(OptimiserConfig(1e-3, optimiser=name, schedule="constant", warmup=0, weight_decay=0.1), 10)
+    x = {"w": jnp.ones((4, 2))}
+    state = tx.init(x)
+    for _ in range(10):
+        updates, state = tx.update({"w": jnp.zeros((4, 2))}, state, x)
+        x = optax.apply_updates(x, updates)
+    decayed = 1 - 10 * 1e-4
+    np.testing.assert_allclose(x["w"], decayed if name != "sgd" else x["w"][0, 0], atol=1e-5)
+    assert decayed - 0.01 < float(x["w"][0, 0]) < 1
+
+
 def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself():
     tx = make_optimiser(OptimiserConfig(1.0, optimiser="muon", schedule="constant", warmup=0, clip=0.0), 10)
     x = {"stack": jnp.zeros((3, 8, 2))}

@@ -11,11 +11,13 @@ import numpy as np
 
 import jlora
 from jlora.commands.parts import trained_or_judged
-from jlora.commands.settings import TrainConfig
+from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks.answers import Answers, Judge, watched
 from jlora.data import BatchSource, DataError, LabelSource, Row, are_numbers, bucket_lengths, classes_of, label_examples
 from jlora.io import Pretrained
-from jlora.io.classes import FILE, Classes, read_classes, write_classes
+from jlora.io.classes import FILE, Classes, checkpoint_classes, in_order, read_classes, write_classes
+from jlora.io.load import locate
+from jlora.io.tensors import some
 from jlora.train.labels import label_figures, label_sums, outputs
 from jlora.train.loop import Interrupted, Stop
 from jlora.train.metrics import text_metric
@@ -26,20 +28,28 @@ class Labels(Answers):
 
     def __init__(self, config: TrainConfig, rows: Sequence[Row]):
         super().__init__(config)
+        self.known: list[str] | None = None
         if config.chat_template:
             raise ValueError(f"chat_template = {config.chat_template}: labels are of no chats, leave it out")
         if config.adapter and (Path(config.adapter) / FILE).is_file():
             self.classes: Classes = read_classes(config.adapter)
         else:
             numbers = config.labels == "numbers" or (config.labels == "auto" and are_numbers(rows))
-            self.classes = None if numbers else classes_of(rows)
+            found = [] if numbers else self.found(rows)
+            self.known = in_order(found, checkpoint_classes(locate(config.model)))
+            self.classes = None if numbers else self.known or found
         self.head = "regress" if self.classes is None else "classify"
         self.labels = 1 if self.classes is None else len(self.classes)
-        if self.labels == 1 and self.classes:
-            raise DataError(f"{config.data}: every row has the label {self.classes[0]!r}: there is nothing to learn")
         for name in ("label_smoothing", "z_loss") if self.classes is None else ():
             if getattr(config, name):
                 raise ValueError(f"{name} is of classes, and the labels of {config.data} are numbers: leave it out")
+
+    def found(self, rows: Sequence[Row]) -> list[str]:
+        """The classes of the rows. Raises DataError for a single one."""
+        classes = classes_of(rows)
+        if len(classes) == 1:
+            raise DataError(f"{self.config.data}: every row has the label {classes[0]!r}: there is nothing to learn")
+        return classes
 
     def load(self) -> Pretrained:
         try:
@@ -48,6 +58,8 @@ class Labels(Answers):
             if "has no head" not in str(error):
                 raise
             raise ValueError(f"{error}; a decoder learns labels as answers: give prompt and completion") from None
+        if self.classes and not (base.fresh or self.known or self.config.adapter):
+            say(f"config.json does not name these labels: the head's outputs are taken to be {some(self.classes, 4)}")
         self.whole = ("classifier", *(["pooler"] if any(p.startswith("pooler") for p in base.fresh) else []))
         return base
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jlora.commands.parts import method_of
-from jlora.commands.settings import TrainConfig
+from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks.answers import Answers
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
 from jlora.inits import CHANGES_BASE
@@ -37,6 +37,8 @@ class Pairs(Answers):
         c = self.config
         if c.packing:
             raise ValueError("packing is for answers, not for pairs of them")
+        if c.loss == "dpo" and c.adapter:
+            say(f"dpo's reference is the base without {c.adapter}; to be it, an adapter is merged first (jlora merge)")
         return PairSource(examples, c.batch, self.lengths(examples), seed=c.seed, steps=steps, accumulate=c.accumulate)
 
     def testing(self, examples: list[Any]) -> BatchSource:
