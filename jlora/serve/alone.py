@@ -7,6 +7,7 @@ what it was, and a request of another adapter waits for nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -14,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.bank import AdapterBank
+from jlora.io.text import one_line
 
+LOG = logging.getLogger(__name__)
 MIXED = object()
 """In place of an adapter: there are several."""
 
@@ -42,15 +45,24 @@ class Alone:
         return self.params, self.bank.tree()
 
     def stepped(self, adapters: Iterable[Hashable | None]) -> bool:
-        """Count a step of these adapters in; True if one was merged for it. It must be in the bank."""
+        """Count a step of these adapters in; True if one was merged for it. It must be in the bank.
+
+        A sum that gets no memory is the last that is tried: the factors go on.
+        """
         one = only(adapters)
         self.steps = self.steps + 1 if one == self.last else 1
         self.last = one
         due = self.after and self.steps >= self.after and one is not MIXED and one != self.held
         if not due or not (self.exact or one is None):
             return False
-        self.plain = self.params  # the last one's sum makes room
-        self.plain, self.held = self.bank.merged(self.params, one), one
+        self.plain, self.held = self.params, None  # the last one's sum makes room
+        try:
+            self.plain = jax.block_until_ready(self.bank.merged(self.params, one))
+        except RuntimeError as error:
+            LOG.warning("no adapter is merged from now on: %s: %s", type(error).__name__, one_line(error))
+            self.after = 0
+            return False
+        self.held = one
         return True
 
 

@@ -246,7 +246,7 @@ class Engine:
         return self.bucket(len(request.ask.tokens))
 
     def read(self, group: list[int]) -> None:
-        """The prompts of these slots, all of one bucket; the first token of each."""
+        """The prompts of these slots, all of one bucket; the first token of each, or an error for all of them."""
         asks = [self.how[slot] for slot in group]
         # one prompt or a full group, so that few shapes are compiled; rows that fill it up have no slot
         width = 1 if len(group) == 1 else self.together
@@ -258,8 +258,17 @@ class Engine:
         counts = np.asarray([len(ask.tokens) for ask in asks] + [0] * len(spare), np.int32)
         rows = np.asarray([*self.rows[group], *[0] * len(spare)], np.int32)
         model, weights = self.base.model, self.alone.weights(ask.adapter for ask in asks)
-        new, cache = prefill(model, *weights, tokens, counts, rows, sampling(asks + spare))
-        self.fit(max(tokens.shape[1], self.size))
+        try:  # most often memory is short; nothing is given away yet, so the others go on
+            new, cache = jax.block_until_ready(prefill(model, *weights, tokens, counts, rows, sampling(asks + spare)))
+            self.fit(max(tokens.shape[1], self.size))
+        except Exception as error:
+            for slot in group:
+                request = self.running[slot]
+                assert request is not None
+                why = f"{type(error).__name__}: {one_line(error)}"
+                request.end("error", message=f"the prompt of {len(request.ask.tokens)} tokens was not read: {why}")
+                self.free(slot)
+            return
         places = np.asarray(group + [len(self.running)] * len(spare), np.int32)
         self.state, self.placed = seat(model, self.state, new, cache, places), None
         for slot, token in zip(group, np.asarray(new), strict=False):

@@ -15,6 +15,7 @@ from jlora.io.adapters import load_adapter
 from jlora.models.gpt2 import GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import truncate
+from jlora.serve import engine as engine_module
 from jlora.serve import slots as slots_module
 from jlora.serve.alone import Alone
 from jlora.serve.engine import Engine, QueueFull, sampling
@@ -183,6 +184,55 @@ def test_an_adapter_that_gets_no_memory_ends_its_own_request_alone(served, monke
     late.wait()
     assert late.request.new == offline(base, folder / "tweets", (5, 6, 7), 4)
     engine.unload("late").result()
+
+
+def short(*_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+def test_a_merge_that_gets_no_memory_leaves_the_factors(place, monkeypatch, caplog):
+    base, folder = place
+    engine = Engine(base, slots=2, max_length=64, smallest=16, adapters=3, merge_after=2)
+    for name in ("film", "news"):
+        engine.shelf.put(name, folder / name)
+    real, merged = engine.shelf.bank.merged, []
+
+    def one(params, key):
+        merged.append(key.name)
+        return real(params, key) if len(merged) == 1 else short()
+
+    monkeypatch.setattr(engine.shelf.bank, "merged", one)
+    engine.start()
+    try:
+        for name in ("film", "news", "film"):  # merged, not merged, no longer merged
+            asked = Asked(engine, (5, 6, 7), name, max_tokens=6, ignore_eos=True)
+            assert asked.wait()[1] == "length"
+            assert asked.request.new == offline(base, folder / name, (5, 6, 7), 6, ignore_eos=True)
+        assert merged == ["film", "news"] and engine.counts["merges"] == 1
+        assert "no adapter is merged from now on: RuntimeError: RESOURCE_EXHAUSTED" in caplog.text
+    finally:
+        engine.stop()
+
+
+def test_prompts_that_get_no_memory_end_alone(served, monkeypatch):
+    base, _, engine = served
+    real = engine_module.prefill
+    large = lambda model, params, bank, tokens, *rest: (
+        short() if tokens.shape[1] > 16 else real(model, params, bank, tokens, *rest)
+    )
+    monkeypatch.setattr(engine_module, "prefill", large)
+    other = Asked(engine, (5, 6, 7), max_tokens=50, ignore_eos=True)
+    long = [Asked(engine, (5,) * 20, name, max_tokens=4) for name in (None, "film", "news")]
+    for one in long:
+        event = one.events.get(timeout=600)
+        assert event.finish == "error"
+        assert event.message == (
+            "the prompt of 20 tokens was not read: RuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+        )
+    assert other.wait()[1] == "length"
+    assert other.request.new == offline(base, None, (5, 6, 7), 50, ignore_eos=True)
+    until(lambda: not any(engine.running))
+    assert not engine.shelf.bank.pins
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
