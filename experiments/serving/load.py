@@ -29,7 +29,8 @@ import httpx
 import numpy as np
 
 import jlora
-from jlora.generate import GenerateConfig, generate_text
+from jlora.data.tokens import prompt_ids
+from jlora.generate import GenerateConfig, generate, pad_left
 from jlora.io import load
 from jlora.io.adapters import load_adapter
 from jlora.serve.folders import Folders
@@ -52,8 +53,9 @@ MOST_WRONG = 100
 def offline(model: str, folders: dict[str, Path], prompts: list[str], count: int) -> dict[tuple[str, str], str]:
     """{(adapter, prompt): what `generate` writes}; the adapter "" is the base. Those that do not fit are left out."""
     base = load(model)
-    config = GenerateConfig(max_new_tokens=count)
-    out = {}
+    config, out = GenerateConfig(max_new_tokens=count, end=base.ends), {}
+    decode = lambda tokens: base.tokenizer.decode(tokens, skip_special_tokens=True)
+    rows = [prompt_ids(base.tokenizer, prompt) for prompt in prompts]
     for name, folder in {"": None, **folders}.items():
         params = base.params
         if folder is not None:
@@ -63,10 +65,9 @@ def offline(model: str, folders: dict[str, Path], prompts: list[str], count: int
                 print(f"left out: {name}: {error}", file=sys.stderr)
                 continue
             params = jlora.combine(frozen, lora)
-        for prompt, text in zip(
-            prompts, generate_text(base.model, params, base.tokenizer, prompts, config), strict=True
-        ):
-            out[name, prompt] = text
+        answers = generate(base.model, params, *pad_left(rows), config)
+        for prompt, row, new in zip(prompts, rows, answers, strict=True):
+            out[name, prompt] = decode([*row, *new])[len(decode(row)) :]  # a completion goes on from the prompt's text
     return out
 
 

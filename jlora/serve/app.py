@@ -21,7 +21,7 @@ from jlora.serve.engine import Engine, QueueFull
 from jlora.serve.folders import Folders, name_of
 from jlora.serve.guard import allowed, key_digest, read_body
 from jlora.serve.metrics import Metrics
-from jlora.serve.request import Event, Request
+from jlora.serve.request import CONTEXT, Event, Request
 from jlora.serve.responses import GONE, EventStream, broken, gone, not_there, page, refused
 from jlora.serve.schema import (
     Answer,
@@ -138,6 +138,8 @@ class Server:
         left = lambda: self.limits.seconds - (time.monotonic() - arrived)
         tokens = await self.tokens(body, self.engine.speaker(adapter), chat, left())
         ask = ask_of(body, tokens, adapter, chat, self.engine.max_length)
+        if not chat:
+            ask = dataclasses.replace(ask, before=ask.tokens[-CONTEXT:])
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 

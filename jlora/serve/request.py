@@ -10,6 +10,10 @@ from typing import Any, Literal, NamedTuple
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
+CONTEXT = 5
+"""Tokens of a prompt that a text which goes on from it is decoded after."""
+
+
 class Event(NamedTuple):
     """New text, and in the last event why it ended; `message` says what went wrong."""
 
@@ -20,7 +24,11 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """What is wanted. The names are OpenAI's; top_k, min_p and seed as in vLLM. adapter: a `Shelf` entry or None."""
+    """What is wanted. The names are OpenAI's; top_k, min_p and seed as in vLLM. adapter: a `Shelf` entry or None.
+
+    before: the end of `tokens`, where the text is to go on from theirs. Decoders that leave out the space before a
+    text's first word (Llama 2's, Mistral's) keep it then.
+    """
 
     tokens: tuple[int, ...]
     adapter: Any = None
@@ -32,6 +40,7 @@ class Ask:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    before: tuple[int, ...] = ()
 
 
 class Request:
@@ -41,7 +50,8 @@ class Request:
         self.ask, self.emit, self.deadline = ask, emit, deadline
         self.new: list[int] = []
         self.text, self.said = "", 0
-        self.settled, self.read = 0, 0  # tokens before `read` are in `text`; those from `settled` on are decoded again
+        # tokens before `read` are in `text`, or in the prompt's; those from `settled` on are decoded again
+        self.tokens, self.settled, self.read = list(ask.before), 0, len(ask.before)
         self.cancelled = False
         self.finish: Finish | None = None
         self.arrived, self.first = time.monotonic(), 0.0
@@ -49,6 +59,7 @@ class Request:
     def take(self, token: int, tokenizer: Any, ends: Collection[int], last: bool) -> bool:
         """Count a token in and emit what text it settles; True if the request is over. last: there is no room more."""
         self.new.append(token)
+        self.tokens.append(token)
         self.first = self.first or time.monotonic()
         ended = token in ends and not self.ask.ignore_eos
         last |= ended or len(self.new) >= self.ask.max_tokens
@@ -71,10 +82,10 @@ class Request:
         Only a few tokens are decoded: those since the one before the last text, which decides about a space between.
         """
         decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
-        before, now = decode(self.new[self.settled : self.read]), decode(self.new[self.settled :])
+        before, now = decode(self.tokens[self.settled : self.read]), decode(self.tokens[self.settled :])
         if len(now) == len(before) or (not last and now.endswith("\ufffd")):
             return ""
-        self.settled, self.read = self.read, len(self.new)
+        self.settled, self.read = self.read, len(self.tokens)
         self.text += now[len(before) :]
         return now[len(before) :]
 

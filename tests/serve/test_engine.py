@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from jlora.bank import AdapterBank
 from jlora.io.adapters import load_adapter
@@ -303,6 +305,21 @@ def test_text_comes_as_the_whole_answers_would_be_decoded(served):
             assert "".join(event.text for event in pieces) == whole.partition(stop[0] if stop else "\0")[0]
             assert pieces[-1].finish == ("stop" if stop and stop[0] in whole else "length")
             assert stop or len(pieces) > 2
+
+
+def test_a_completion_goes_on_from_its_prompts_text():
+    """With a decoder like Llama 2's, which drops the space before a text."""
+    spaced = ["<s>", "\u2581The", "\u2581capital", "\u2581is", "\u2581Paris", ",", "\u2581and"]
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(spaced)}, unk_token="<s>"))
+    words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    words.add_special_tokens(["<s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    for before, said in (((1, 2, 3), " Paris, and"), ((0,), "Paris, and"), ((), "Paris, and")):
+        pieces = []
+        request = Request(Ask((0, 1, 2, 3), max_tokens=3, before=before, stop=("capital",)), pieces.append)
+        assert [request.take(token, tokenizer, frozenset(), False) for token in (4, 5, 6)] == [False, False, True]
+        assert "".join(event.text for event in pieces) == said
+        assert pieces[-1].finish == "length" and request.new == [4, 5, 6]
 
 
 def test_stop_strings_and_limits(served):

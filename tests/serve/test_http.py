@@ -31,11 +31,14 @@ def client(served):
         yield client
 
 
-def want(served, name, prompt=PROMPT, count=16):
+def want(served, name, prompt=PROMPT, count=16, chat=False):
     tokenizer = served.base.tokenizer
     tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     new = offline(served.base, served.folder / name if name != "small" else None, tokens, count)
-    return tokenizer.decode(new, skip_special_tokens=True), len(tokens), new
+    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    # a completion goes on from its prompt
+    text = decode(new) if chat else decode([*tokens, *new])[len(decode(tokens)) :]
+    return text, len(tokens), new
 
 
 def test_the_openai_client_gets_each_adapters_own_answer(served, client):
@@ -62,7 +65,7 @@ def test_chat_and_its_stream(served, client):
     rendered = served.base.tokenizer.apply_chat_template(
         [{"role": "user", "content": "good film"}], tokenize=False, add_generation_prompt=True
     )
-    text, prompt, new = want(served, "news", rendered, 12)
+    text, prompt, new = want(served, "news", rendered, 12, chat=True)
     one = client.chat.completions.create(model="news", messages=messages, temperature=0, max_completion_tokens=12)
     assert (one.choices[0].message.role, one.choices[0].message.content) == ("assistant", text)
     stream = client.chat.completions.create(
