@@ -135,8 +135,8 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each row, its end token included. tokens i32 [b, p], mask bool [b, p], padded on the left.
 
-    key: PRNG key, needed above temperature 0. Raises ValueError without it, for padding on the right, or for more
-    tokens than the model has positions.
+    key: PRNG key, needed above temperature 0. Raises ValueError without it, for padding on the right, for an encoder,
+    or for more tokens than the model has positions.
     """
     if config.temperature and config.beams == 1 and key is None:
         raise ValueError("temperature above 0 needs key=: a PRNG key")
@@ -154,6 +154,11 @@ def generate(
     return [row[keep].tolist() for row, keep in zip(np.asarray(new), np.asarray(real), strict=True)]
 
 
+def writes(model: Any) -> bool:
+    """Whether it is a decoder, with a prefix or without."""
+    return hasattr(getattr(model, "model", model), "init_cache")
+
+
 def most_tokens(model: Any) -> int | None:
     """How many tokens a table of positions has rows for (GPT-2's), less the columns of a prefix; None: no table."""
     inner, columns = getattr(model, "model", model), getattr(model, "n", 0)
@@ -162,7 +167,10 @@ def most_tokens(model: Any) -> int | None:
 
 
 def within_positions(model: Any, prompt: int, new: int) -> None:
-    """Raises ValueError for more tokens than the model has positions: what is read past them is NaN."""
+    """Raises ValueError for an encoder, and for more tokens than the model has positions: what is read past them is
+    NaN."""
+    if not writes(model):
+        raise ValueError(f"{type(model).__name__} is an encoder: it writes no text")
     most = most_tokens(model)
     if most is not None and prompt + new > most:
         raise ValueError(

@@ -16,8 +16,11 @@ from jlora.beam import beam_search
 from jlora.commands import generate as commands
 from jlora.data import Row, tokenise
 from jlora.generate import GenerateConfig, generate, generate_text, pad_left, run, start, stream
+from jlora.methods.columns import Prefixed
+from jlora.models.bert import Bert, BertConfig
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import forbid, truncate
+from jlora.serve.engine import Engine
 from jlora.serve.schema import prompt_tokens
 from tests.small import tokenizer
 
@@ -196,6 +199,21 @@ def test_every_way_to_write_begins_a_prompt_as_training_does(monkeypatch):
 def test_settings_out_of_range(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* out of its range"):
         GenerateConfig(**wrong)
+
+
+def test_an_encoder_writes_nothing(monkeypatch):
+    encoder = Bert(BertConfig(15, 32, 48, 2, 4))
+    base = types.SimpleNamespace(model=encoder, tokenizer=tokenizer(), source="bert", config=encoder.config)
+    monkeypatch.setattr(commands, "load", lambda *_, **__: base)
+    ways = [
+        lambda: generate_text(encoder, None, tokenizer(), ["good"], GenerateConfig()),
+        lambda: list(stream(Prefixed(encoder, 3, 0, 1), None, tokenizer(), [5], GenerateConfig())),
+        lambda: commands.generate_command(commands.GenerateCommand("bert", prompts=("good",))),
+        lambda: Engine(base),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match="is an encoder: it writes no text"):
+            way()
 
 
 def test_what_is_missing_is_said():

@@ -14,7 +14,7 @@ import jlora
 from jlora.commands.settings import say, scheme
 from jlora.data.template import render, template_for
 from jlora.data.tokens import prompt_ids, text_ids
-from jlora.generate import GenerateConfig, generate_text, stream
+from jlora.generate import GenerateConfig, generate_text, stream, writes
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
 from jlora.methods.columns import reading
@@ -75,9 +75,11 @@ def settings(config: Writing) -> GenerateConfig:
 
 
 def ready(config: Writing) -> tuple[Pretrained, Any]:
-    """(model, params with the adapter); a prefix is part of the model."""
+    """(model, params with the adapter); a prefix is part of the model. Raises ValueError for an encoder."""
     template = template_for(config.chat_template, config.adapter)
     base = load(config.model, dtype=jnp.dtype(config.dtype), quantise=scheme(config.quantise))
+    if not writes(base.model):
+        raise ValueError(f"{config.model} is an encoder: it writes no text")
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     base = base.speaking(template)

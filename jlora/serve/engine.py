@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.bank import AdapterBank, BankFull, Shelf
+from jlora.generate import writes
 from jlora.io.load import Pretrained
 from jlora.io.text import one_line
 from jlora.serve.alone import Alone
@@ -59,6 +60,8 @@ class Engine:
                 raise ValueError(f"{name} = {value}: it must be 1 or more")
         if merge_after < 0:
             raise ValueError(f"merge_after = {merge_after}: steps, or 0 for never")
+        if not writes(base.model):
+            raise ValueError(f"{base.source} is an encoder: it writes no text")
         if base.tokenizer is None:
             raise ValueError(f"{base.source} has no tokenizer")
         if max_length < smallest:
