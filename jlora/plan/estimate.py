@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jlora.generate import most_tokens
 from jlora.leaves import is_implicit
 from jlora.models.attention import SHORT
 from jlora.plan.known import Topology, topology
@@ -188,15 +189,25 @@ def room(where: Topology) -> int:
 
 
 def largest(plan: PlanConfig, run: Setting, name: str) -> int:
-    """The largest `batch` or `seq` (a multiple of what divides evenly, up to 2^20) that fits by formula; 0: none."""
-    unit = math.prod(run.mesh.shape[axis] for axis in BATCH) if name == "batch" else 128
+    """The largest `batch` or `seq` (a multiple of what divides evenly, up to 2^20 and a model's positions) that fits by
+    formula; 0: none."""
+    shape, most = run.mesh.shape, 2**20
+    unit = math.prod(shape[axis] for axis in BATCH)
+    if name == "seq":
+        unit, most = math.lcm(128, shape["sequence"]), min(most, most_tokens(run.model) or most)
     limit = room(topology(plan.topology))
 
     def fits(n: int) -> bool:
         return estimate(dataclasses.replace(plan, **{name: n * unit}), run)["total"] <= limit
 
-    low, high = 0, 2**20 // unit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * unit
+    def search(low: int, high: int) -> int:
+        """The largest n in low + 1 .. high that fits, or `low`; what fits there must be all up to some n."""
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    # short rows may hold all scores, and need more then than longer ones that do not
+    short = min(SHORT, most) // unit if name == "seq" else 0
+    found = search(short, most // unit)
+    return (found if found > short else search(0, short)) * unit

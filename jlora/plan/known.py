@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+from jlora.io.objects import read_json
+from jlora.io.sizes import checked_config
 from jlora.models import family
 
 GIB = 2**30
@@ -83,7 +84,7 @@ def names() -> list[str]:
 def config_of(name: str) -> Any:
     """The config of a known model, or of the folder or config.json at `name`; nothing is downloaded.
 
-    Raises ValueError for a name that is none of these.
+    Raises ValueError for a name that is none of these, and for a file that `load` would refuse.
     """
     low = name.lower()
     if low in MODELS:
@@ -98,5 +99,5 @@ def config_of(name: str) -> Any:
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(f"model {name!r} is no config.json, no folder with one, and none of {', '.join(names())}")
-    hub = json.loads(path.read_text(encoding="utf-8"))
-    return family(hub.get("model_type", "none")).config.from_hf(hub)
+    hub = read_json(path)
+    return checked_config(family(str(hub.get("model_type", "none"))[:80]).config, hub, path)

@@ -11,6 +11,7 @@ import optax
 
 import jlora
 from jlora import batch_parts, sharding
+from jlora.generate import most_tokens, writes
 from jlora.io.load import layouts_of
 from jlora.models import family
 from jlora.models.attention import named
@@ -69,14 +70,23 @@ class Setting:
 def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     """The run that `plan` describes. devices: of the topology, to compile for; without them the mesh is abstract.
 
-    Raises ValueError for unknown names, rows that do not divide, or targets that match nothing.
+    Raises ValueError for unknown names, impossible sizes, an encoder, rows that do not divide or are longer than the
+    model has positions, or targets that match nothing.
     """
+    for name in ("batch", "seq", "chunk", "rank"):
+        if getattr(plan, name) < 1:
+            raise ValueError(f"{name} = {getattr(plan, name)}: it must be 1 or more")
     where = topology(plan.topology)
     mesh = mesh_of(plan.mesh, where.devices) if devices is None else sharding.make_mesh(plan.mesh, devices)
     config = config_of(plan.model)
     kind, dtype = family(config.model_type), jnp.dtype(plan.dtype)
     remat = {"full": True, "none": False}.get(plan.remat, plan.remat)
     model = kind.model(config, dtype=dtype, param_dtype=dtype, scan_layers=True, remat=remat)
+    if not writes(model):
+        raise ValueError(f"{plan.model} is an encoder: only decoders are planned")
+    most = most_tokens(model)
+    if most is not None and plan.seq > most:
+        raise ValueError(f"{plan.model} has {most} positions, and seq is {plan.seq}: {most} at most")
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     layouts = layouts_of(kind.hf_tensors(config))
     if plan.method == "full":
@@ -136,6 +146,11 @@ def batch_of(plan: PlanConfig, mesh: Any) -> dict[str, Any]:
     n = batch_parts.batch_shards(mesh)
     if plan.batch % n:
         raise ValueError(f"a batch of {plan.batch} does not split into {n} (mesh {plan.mesh!r}): use a multiple of {n}")
+    parts = mesh.shape["sequence"]
+    if plan.seq % parts:
+        raise ValueError(
+            f"rows of {plan.seq} tokens do not split into {parts} (mesh {plan.mesh!r}): use a multiple of {parts}"
+        )
     rows = plan.batch // n
     kinds = dict.fromkeys(("positions", "labels", "example"), jnp.int32) | {"weights": jnp.float32}
     return {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from jlora.cli import main
 from jlora.plan import PlanConfig, compile_for, plan
-from jlora.plan.estimate import estimate, room
+from jlora.plan.estimate import estimate, largest, room
 from jlora.plan.known import topology
 from jlora.plan.setting import setting
 
@@ -88,6 +89,23 @@ def test_the_largest_fits_and_the_next_does_not(name):
     assert total(largest) <= limit < total(largest + (8 if name == "batch" else 128))
 
 
+def test_the_longest_row_is_looked_for_where_no_scores_are_held():
+    config = PlanConfig(model="smollm2-135m", topology="v5e:1", batch=32, seq=512, remat="none")
+    run, limit = setting(config), room(topology(config.topology))
+    fits = lambda n: estimate(dataclasses.replace(config, seq=n), run)["total"] <= limit
+    assert not fits(512) and fits(640)  # plain attention up to 512 tokens, which needs more than 640 in blocks
+    best = largest(config, run, "seq")
+    assert best >= 640 and fits(best) and not fits(best + 128)
+    config = dataclasses.replace(config, batch=64)
+    best = largest(config, run, "seq")
+    assert 0 < best < 512 and fits(best) and not any(fits(n) for n in range(best + 128, 4096, 128))
+
+
+def test_a_table_of_positions_ends_the_longest_row():
+    config = PlanConfig(model="gpt2", topology="v5e:2x2", batch=4, seq=1024)
+    assert plan(config)["largest_seq"] == 1024
+
+
 def test_estimates_are_within_15_percent_of_the_compiler():
     """Of what experiments/scale/compile.py has seen, whose figures docs/scale.jsonl holds."""
     cases = runpy.run_path(str(ROOT / "experiments" / "scale" / "compile.py"))["CASES"]
@@ -125,6 +143,11 @@ def test_what_cannot_be_planned_is_said(capsys):
         (["--mesh", "fsdp=4"], "makes 4 devices, and there are 8"),
         (["--batch", "6"], "a batch of 6 does not split into 8"),
         (["--compare", "fast"], "'fast' is no method"),
+        (["--batch", "-8"], "batch = -8: it must be 1 or more"),
+        (["--seq", "0"], "seq = 0: it must be 1 or more"),
+        (["--chunk", "0"], "chunk = 0: it must be 1 or more"),
+        (["--mesh", "sequence=8", "--seq", "2047"], "rows of 2047 tokens do not split into 8"),
+        (["--model", "gpt2", "--seq", "4096"], "gpt2 has 1024 positions, and seq is 4096"),
         (["--topology", "h100:8", "--compile"], "GPUs are planned by formula"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -132,6 +155,25 @@ def test_what_cannot_be_planned_is_said(capsys):
         assert end.value.code == 1 and said in capsys.readouterr().err
     main(["plan", "--topology", "h100:8", "--json"])
     assert "no compiler to ask for a GPU" in json.loads(capsys.readouterr().out)["by"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "an object is expected, not list"),
+        ("{", "not JSON"),
+        (json.dumps({"model_type": ["llama"]}), "is not supported"),
+        (json.dumps({"model_type": "llama", "hidden_size": 64}), "lacks"),
+        (json.dumps({**TINY, "num_attention_heads": "4"}), "num_attention_heads is '4', no size of a model"),
+        (json.dumps({**TINY, "model_type": "bert"}), "is an encoder: only decoders are planned"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_said(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    for name in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ValueError, match=re.escape(said)) as refused:
+            plan(PlanConfig(model=str(name), topology="v5e:1", batch=1, seq=128))
+        assert "is not supported" in said or str(tmp_path) in str(refused.value)
 
 
 @pytest.fixture(scope="module")
