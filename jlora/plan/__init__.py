@@ -11,6 +11,7 @@ from jlora.plan import estimate as by_formula
 from jlora.plan.known import GIB, topology
 from jlora.plan.setting import METHODS, PlanConfig, Setting, setting
 from jlora.plan.tpu import compile_for
+from jlora.plan.wires import wires
 from jlora.tree import paths, size
 
 __all__ = ["PlanConfig", "compile_for", "plan", "run"]
@@ -36,7 +37,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "largest_batch": by_formula.largest(config, made, "batch"),
         "largest_seq": by_formula.largest(config, made, "seq"),
         "TFLOP_a_step": by_formula.flops(config, made) / 1e12,
-        "GB_received_a_device_and_step": {name: n / 1e9 for name, n in by_formula.wires(config, made).items()},
+        "GB_received_a_device_and_step": {name: n / 1e9 for name, n in wires(config, made).items()},
     }
     if not where.compiler:
         out["by"] = "formula only: there is no compiler to ask for a GPU"

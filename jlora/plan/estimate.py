@@ -42,6 +42,7 @@ class Sizes:
     d: int
     f: int
     heads: int
+    groups: int
     k: int
     vocab: int
     gated: bool
@@ -62,8 +63,9 @@ def sizes_of(config: Any) -> Sizes:
     inner = getattr(config, "n_inner", None) or 4 * d if gpt else first("intermediate_size")
     heads = first("num_attention_heads", "n_head")
     k = getattr(config, "head_dim", None) or d // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
     tied = bool(getattr(config, "tie_word_embeddings", True))
-    return Sizes(first("num_hidden_layers", "n_layer"), d, inner, heads, k, first("vocab_size"), not gpt, tied)
+    return Sizes(first("num_hidden_layers", "n_layer"), d, inner, heads, groups, k, first("vocab_size"), not gpt, tied)
 
 
 def shards(spec: PartitionSpec, mesh: Any) -> int:
@@ -159,25 +161,6 @@ def matrices_of(tree: Any, c: Sizes) -> tuple[int, int]:
     leaves = jax.tree.leaves(tree, is_leaf=is_implicit)
     sizes = [math.prod(leaf.shape) for leaf in leaves if len(leaf.shape) == 3 and leaf.shape[0] == c.layers]
     return sum(sizes), max(sizes) // c.layers
-
-
-def wires(plan: PlanConfig, run: Setting) -> dict[str, int]:
-    """Bytes a device receives in a step: weights gathered by FSDP (a layer's for each of its passes: forward, again
-    under rematerialisation, backward; others once) and gradients summed."""
-    mesh, layers = run.mesh, sizes_of(run.config).layers
-    full = plan.method == "full"
-    tree, wanted = (run.state.trained, run.state_specs.trained) if full else (run.frozen, run.frozen_specs)
-    passes = 3 if plan.remat in ("full", "offload") else 2
-    specs, gathered = paths(wanted), 0
-    for path, leaf in paths(tree).items():
-        whole, own = (nbytes(leaf) // shards(spec, mesh) for spec in (without(specs[path], "fsdp"), specs[path]))
-        gathered += (whole - own) * (passes if leaf.ndim == 3 and leaf.shape[0] == layers else 1)
-    alone = math.prod(mesh.shape[name] for name in BATCH) == 1
-    return {"gathered": gathered, "gradients": 0 if alone else nbytes(run.state.trained) // mesh.shape["tensor"]}
-
-
-def without(spec: PartitionSpec, name: str) -> PartitionSpec:
-    return PartitionSpec(*(None if entry == name else entry for entry in spec))
 
 
 def room(where: Topology) -> int:

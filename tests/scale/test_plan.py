@@ -13,6 +13,7 @@ from jlora.plan import PlanConfig, compile_for, plan
 from jlora.plan.estimate import estimate, largest, room
 from jlora.plan.known import topology
 from jlora.plan.setting import setting
+from jlora.plan.wires import exchanged
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B = 8_030_261_248  # parameters of the released Meta-Llama-3-8B
@@ -104,6 +105,26 @@ def test_the_longest_row_is_looked_for_where_no_scores_are_held():
 def test_a_table_of_positions_ends_the_longest_row():
     config = PlanConfig(model="gpt2", topology="v5e:2x2", batch=4, seq=1024)
     assert plan(config)["largest_seq"] == 1024
+
+
+def test_activations_on_the_wires_are_those_of_the_compiled_steps():
+    """Of docs/scale.md: the all-reduces of a step over tensor=2, and rows over sequence=4."""
+    told = [json.loads(line) for line in (ROOT / "docs" / "scale.jsonl").read_text().splitlines()]
+    (sums,) = (one["collectives"]["all-reduce"] for one in told if one["case"] == "8b-lora-tensor")
+    received = lambda **how: plan(PlanConfig(**how))["GB_received_a_device_and_step"]
+    tensor = received(mesh="fsdp=4,tensor=2")
+    assert tensor["activations"] + tensor["gradients"] == pytest.approx(sums / 1e9, rel=0.02)
+    row = {"model": "llama-3.2-1b", "topology": "v5e:2x2", "batch": 1, "seq": 8192}
+    spread = received(mesh="sequence=4", **row)
+    # the compiler's 1.01 counts an all-to-all's whole result, a quarter of which was there
+    assert spread["activations"] == pytest.approx(3 / 4 * 1.01, rel=0.01)
+    assert spread["gradients"] == pytest.approx(received(mesh="data=4", **{**row, "batch": 4})["gradients"]) != 0
+    assert received(mesh="data=4", **{**row, "batch": 4})["activations"] == 0
+    # once less over the layers that are not run again, and ring attention, of which the compiler's says 1.07
+    assert received(mesh="sequence=4", remat="none", **row)["activations"] == pytest.approx(2 / 4 * 1.01, rel=0.01)
+    run = setting(PlanConfig(mesh="sequence=4", **row))
+    few = dataclasses.replace(run, config=dataclasses.replace(run.config, num_attention_heads=12))
+    assert exchanged(PlanConfig(mesh="sequence=4", **row), few) / 1e9 == pytest.approx(1.07, rel=0.08)
 
 
 def test_estimates_are_within_15_percent_of_the_compiler():
