@@ -178,7 +178,7 @@ class AdapterBank:
     # ------------------------------------------------------------ arrays
 
     def checked(self, key: Hashable, lora: Any) -> dict[str, LoraFactors]:
-        """The entries of `lora` by path, if all are factors that fit this base."""
+        """The entries of `lora` by path, if all are factors that fit this base and finite in the bank's dtype."""
         found = jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)[0]
         entries = {path_of(keys): entry for keys, entry in found}
         for path, entry in entries.items():
@@ -191,6 +191,11 @@ class AdapterBank:
                 want = list(self.shapes[path]) if path in self.shapes else "nothing of this name"
                 have = [list(entry.lora_a.shape), list(entry.lora_b.shape)]
                 raise ValueError(f"adapter {key!r}: {path} has factors {have}, the base {want}")
+            kind = jnp.dtype(self.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = all(np.isfinite(part.astype(kind)).all() for part in parts_of(entry, 0)[:2])
+            if not finite:
+                raise ValueError(f"adapter {key!r}: {path} has factors that are not finite once scaled, in {kind.name}")
         return entries
 
     def free_slot(self) -> int:
@@ -248,4 +253,6 @@ def parts_of(entry: LoraFactors, rank: int) -> tuple[np.ndarray, np.ndarray, tup
     for letter, sizes in (("s", a.shape[:at]), ("i", a.shape[at + 1 :]), ("o", b.shape[at + 1 :])):
         for ax, size in zip(axes_of(entry.layout, letter), sizes, strict=False):
             shape[ax] = size
-    return np.pad(a, room(a)), np.pad(b * entry.scaling, room(b)), tuple(shape)
+    with np.errstate(over="ignore", invalid="ignore"):  # `checked` has seen that it is finite
+        b = b * np.asarray(entry.scaling, np.float32)
+    return np.pad(a, room(a)), np.pad(b, room(b)), tuple(shape)

@@ -66,9 +66,10 @@ class BankLeaf(FollowingLeaf):
         one = math.prod(n for n, label in zip(x.shape, product.x, strict=True) if label in free[1:]) == 1
         if self.method == "dense" or (self.method == "auto" and one and self.slots <= FEW):
             h = contract(x, product.x, first[0].astype(x.dtype), first[1], middle)
-            own = jax.nn.one_hot(rows, self.slots, dtype=x.dtype)
+            own = rows[:, None] == jnp.arange(self.slots)
             own = jnp.repeat(own, first[0].shape[first[1].index(RANK)] // self.slots, axis=1)
-            h = h * spread(own, (free[0], RANK), middle)
+            # chosen, not multiplied by 0: another row's adapter may overflow
+            h = jnp.where(spread(own, (free[0], RANK), middle), h, 0)
             return y + contract(h, middle, second[0].astype(x.dtype), second[1], product.out)
         (first_of, first_labels), (second_of, second_labels) = (
             self.picked(array, labels, rows, free[0]) for array, labels in (first, second)

@@ -74,6 +74,38 @@ def test_auto_multiplies_all_of_few_slots_where_a_row_is_one_token(made):
         assert text["auto", most, s] == text["dense" if (most, s) == (3, 1) else "gather", most, s]
 
 
+@pytest.mark.parametrize("method", ["gather", "dense"])
+def test_one_adapter_of_huge_numbers_spoils_no_other_row(made, method):
+    model, params, adapters = made
+    scaled = lambda size: jax.tree.map(lambda x: np.full(x.shape, size, np.float32), adapters["a"])
+    bank = AdapterBank(params, capacity=3, rank=4, method=method)
+    bank.add("huge", scaled(1e38))
+    bank.add("b", adapters["b"])
+    apply = jlora.lift(model.apply)
+    out = apply({"params": jlora.combine(params, bank.tree(["huge", None, "b"]))}, TOKENS[:3, :1])
+    assert not jnp.isfinite(out[0]).all()
+    for row, tree in ((1, params), (2, jlora.combine(params, adapters["b"]))):
+        np.testing.assert_allclose(out[row], apply({"params": tree}, TOKENS[row : row + 1, :1])[0], atol=1e-5)
+
+
+def test_factors_that_overflow_when_scaled_are_refused_by_name(made):
+    _, params, adapters = made
+    is_factors = lambda e: isinstance(e, jlora.lora.LoraFactors)
+    scaled = lambda scaling, size: jax.tree.map(
+        lambda e: dataclasses.replace(e, lora_b=np.full_like(e.lora_b, size), scaling=scaling),
+        adapters["b"],
+        is_leaf=is_factors,
+    )
+    bank = AdapterBank(params, capacity=2)
+    with pytest.raises(ValueError, match=r"adapter 'x': .*q_proj/kernel has factors that are not finite once scaled"):
+        bank.add("x", scaled(4.0, 3e38))
+    assert "x" not in bank and not bank.factors
+    half = AdapterBank(params, capacity=2, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="not finite"):
+        half.add("x", scaled(4.0, 3e4))
+    half.add("x", scaled(1.0, 3e4))
+
+
 def test_one_merged_is_its_adapter_and_shares_the_rest(made):
     _, params, adapters = made
     bank = AdapterBank(params, capacity=3, rank=8)
