@@ -104,14 +104,14 @@ def folder(output: str) -> Check:
     scheme = output.partition("://")[0] if "://" in output else ""
     place = epath.Path(output)
     try:
-        there = place.exists()
+        made = [one for one in (place, *(() if scheme else place.parents)) if not one.exists()]
         place.mkdir(parents=True, exist_ok=True)
         probe = place / f".jlora-doctor-{os.getpid()}"
         probe.write_text("x")
         probe.unlink()
         free = None if scheme else shutil.disk_usage(output).free
-        if not there and not scheme:
-            place.rmdir()
+        for one in () if scheme else made:
+            one.rmdir()
     except ImportError as error:
         package = "gcsfs" if scheme == "gs" else "the package named here"
         return Check("run folder", f"{output}: {error}", f"pip install {package}, which {scheme}:// paths need")

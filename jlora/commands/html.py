@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from html import escape
@@ -37,7 +38,7 @@ def page(report: dict[str, Any], records: list[dict[str, Any]], settings: dict[s
     held = sorted([*held, *ends], key=lambda r: r["step"])
     parts = [f"<h1>{escape(str(settings.get('output', 'run')))}</h1>"]
     parts.append(f"<p>{escape(str(settings['model']))} on {escape(str(settings['data']))}, {report['step']} steps</p>")
-    lines = [(x, y) for r in steps if (x := r["step"]) and (y := r["loss"]) == y and abs(y) != float("inf")]
+    lines = [(r["step"], r["loss"]) for r in steps if r["step"]]
     parts.append("<h2>Loss</h2>")
     parts.append('<p class="key"><span class="a">&#9632; training</span> <span class="b">&#9632; held out</span></p>')
     parts.append(chart(lines, [(r["step"], r["loss"]) for r in held]))
@@ -85,7 +86,8 @@ def grid(head: list[str] | None, rows: list[list[str]], safe: bool = False) -> s
 
 
 def chart(lines: list[tuple[int, float]], dots: list[tuple[int, float]]) -> str:
-    """An SVG of loss by step: a line for `lines`, joined dots for `dots`."""
+    """An SVG of loss by step: a line for `lines`, joined dots for `dots`; what is not finite has no place in it."""
+    lines, dots = ([(x, y) for x, y in points if math.isfinite(y)] for points in (lines, dots))
     points = [*lines, *dots]
     if not points:
         return "<p>no step was taken</p>"

@@ -15,6 +15,13 @@ def test_a_sound_machine_is_said_to_be(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_in_new_folders_leaves_none_of_them(tmp_path):
+    (tmp_path / "held").mkdir()
+    for output in ("a/b/c", "held/b", "held"):
+        assert "writable" in doctor.folder(str(tmp_path / output)).saw
+    assert [path.name for path in tmp_path.rglob("*")] == ["held"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     check = doctor.folder(str(tmp_path / "file" / "run"))

@@ -33,6 +33,15 @@ def test_it_holds_everything_and_escapes_text():
     assert html.count("<circle") == 3 and "0.5" in html
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_leaves_the_others_in_the_chart(loss):
+    report = {**REPORT, "after": {**FIGURES, "loss": loss}}
+    more = [{"kind": kind, "step": 15, "loss": loss} for kind in ("train", "eval")]
+    chart = re.search("<svg.*</svg>", page(report, RECORDS + more, {"model": "m", "data": "d"}, {}), re.DOTALL)[0]
+    assert "nan" not in chart and "inf" not in chart
+    assert len(re.search(r'<polyline points="([^"]*)"', chart)[1].split()) == 20 and chart.count("<circle") == 2
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True])
