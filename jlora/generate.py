@@ -21,6 +21,7 @@ from jlora.lift import lift
 from jlora.models.attention import attending, fitting
 from jlora.models.causal import to_length
 from jlora.sampling import choose, forbid
+from jlora.serve.request import Ask, Event, Request, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ def generate_text(
         alone = lambda row, own: "".join(stream(model, params, tokenizer, row, config, stop=stop, key=own))
         return list(map(alone, rows, keys))
     new = generate(model, params, *pad_left(rows), config, key)
-    return [cut(tokenizer.decode(row, skip_special_tokens=True), stop)[0] for row in new]
+    return [cut(tokenizer.decode(row, skip_special_tokens=True), tuple(stop), 0)[0] for row in new]
 
 
 def stream(
@@ -236,24 +237,11 @@ def stream(
     within_positions(model, len(prompt), config.max_new_tokens)
     key = jax.random.key(0) if key is None else key
     state = start_jit(model, config.max_new_tokens, params, tokens, mask, key)
-    held = max((len(word) for word in stop), default=1) - 1  # what may be the beginning of a stop string
-    new: list[int] = []
-    said = 0
-    while len(new) < config.max_new_tokens:
+    pieces: list[Event] = []
+    request = Request(Ask(tuple(prompt), max_tokens=config.max_new_tokens, stop=tuple(stop)), pieces.append)
+    while not request.finish:
         state = step_jit(model, config, params, state)
-        new.append(int(state.tokens[0, tokens.shape[1] + len(new)]))
-        text, found = cut(tokenizer.decode(new, skip_special_tokens=True), stop)
-        over = found or new[-1] in config.end or len(new) == config.max_new_tokens
-        # half of a character of several bytes is decoded as U+FFFD until the rest has come
-        ready = len(text) if over else max(said, len(text) - held - (len(text) - len(text.rstrip("\ufffd"))))
-        if ready > said:
-            yield text[said:ready]
-            said = ready
-        if over:
-            return
-
-
-def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """(text before the first stop string, whether there was one)."""
-    places = [text.index(word) for word in stop if word in text]
-    return (text[: min(places)], True) if places else (text, False)
+        token = int(state.tokens[0, tokens.shape[1] + len(request.new)])
+        request.take(token, tokenizer, frozenset(config.end), False)
+        yield from (event.text for event in pieces if event.text)
+        pieces.clear()
