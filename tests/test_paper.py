@@ -152,6 +152,32 @@ def test_overlaps_and_amplification():
     assert spectra.effective_rank(s) == pytest.approx(16 / 6) and spectra.energy(s, 1) == pytest.approx(4 / 6)
 
 
+def test_maps_keep_some_directions_and_what_is_told_is_of_all():
+    from experiments.paper import maps, why
+    from experiments.paper.told import shared
+
+    assert spectra.kept(2) == [1, 2] and spectra.kept(64)[6:11] == [7, 8, 12, 16, 20] and spectra.kept(64)[-1] == 64
+    assert spectra.doubled(192) == [1, 2, 4, 8, 16, 32, 64, 128]
+    phi = np.arange(1, 65)[:, None] + np.arange(1, 65) / 100
+    assert spectra.thinned(phi, [1, 12], [8, 64]) == [[1.08, 1.64], [12.08, 12.64]]
+
+    draw = lambda r, seed: [np.linalg.qr(spectra.gaussian((20, r), 10 * seed + n))[0] for n in range(6)]
+    few, many, again, of_w = draw(2, 1), draw(12, 2), draw(12, 3), draw(10, 4)
+    found = why.overlap_maps([0, 5], {"A": [few, many, again], "AB": [few, many, again]}, of_w)
+    shape = lambda key: np.shape(found[key])
+    assert shape("ranks") == (2, 2, 9) and shape("seeds") == (2, 9, 9) and shape("random") == (9, 9)
+    assert shape("own, small") == (2, 4, 2) and shape("own, large") == (2, 4, 9) and shape("own, random") == (4, 9)
+    want = spectra.overlaps(many[5], again[5])
+    assert found["seeds"][1][8][2] == pytest.approx(want[11, 2], abs=1e-3)
+    one = {"value": {"d": 20, "layers": [0, 5], **found}}
+    figures = maps.overlaps({"Model, task": one}, (2, 12), {"Model, task": "model"})
+    assert [figure.name for figure in figures] == ["overlap-ranks", "overlap-seeds", "overlap-own-model"]
+    assert not maps.overlaps({"Model, task": {}}, (2, 12), {})
+
+    by = {"A": {f"phi(1, 1) of {of}, by layer": [0.0, 0.1, 0.2, 0.3, 0.4, 0.6] for of in ("ranks", "seeds")}, "d": 20}
+    assert "0.05 in the first third of the layers, 0.50 in the last, 0.60 (v, layer 5)" in shared({"v": by}, (2, 12))
+
+
 def test_means_and_tables():
     assert mean([1, 2, 3]) == (2, pytest.approx(4.30265 / math.sqrt(3), rel=1e-4))
     assert cell([0.5, 0.6]) == "55.0 ± 63.5 (2)" and cell([0.5]) == "50.0 (1)" and cell([]) == ""

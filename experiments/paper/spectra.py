@@ -5,6 +5,7 @@ Matrices are [in, out] as in jlora; the paper's right-singular directions of A (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,21 @@ def overlaps(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     sums = ((u.T @ v) ** 2).cumsum(0).cumsum(1)
     i, j = np.indices(sums.shape) + 1
     return sums / np.minimum(i, j)
+
+
+def kept(size: int) -> list[int]:
+    """The i and j that a map keeps of 1 to `size`: the first eight, then every fourth, as phi is a running mean."""
+    return [*range(1, min(size, 8) + 1), *range(12, size + 1, 4)]
+
+
+def doubled(size: int) -> list[int]:
+    """1, 2, 4 and so on to `size`: how many of W's directions a map counts."""
+    return [2**n for n in range(size.bit_length())]
+
+
+def thinned(phi: np.ndarray, i: Sequence[int], j: Sequence[int]) -> list[list[float]]:
+    """phi at `i` and `j`, to three digits."""
+    return np.round(phi[np.ix_(np.array(i) - 1, np.array(j) - 1)], 3).tolist()
 
 
 def gaussian(shape: tuple[int, int], seed: int = 0) -> np.ndarray:

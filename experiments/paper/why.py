@@ -1,4 +1,4 @@
-"""Why a low rank is enough: figures 3, 4 and 6 to 8, table 7, and the spectrum of what full fine-tuning changes.
+"""Why a low rank may be enough: figures 3, 4, 6 to 8, table 7, and the spectrum of what full fine-tuning changes.
 
 python -m experiments.all why --budget 1h
 
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 import jlora
-from experiments.paper import spectra
+from experiments.paper import maps, spectra
 from experiments.paper.cells import Cell, Experiment, Results
 from experiments.paper.fits import Work
-from experiments.paper.tables import Figure, Shown, Table, canvas
+from experiments.paper.tables import Shown, Table
+from experiments.paper.told import told
 from experiments.paper.works import DECODER, ENCODER, PAPER_TARGETS, glue, snippets
 from jlora.analysis import matrices
 from jlora.lora import is_adapter
@@ -26,7 +27,7 @@ from jlora.lora import is_adapter
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model and its task. layer: the one whose heat maps are drawn, as the paper's is one in the middle."""
+    """A model and its task. layer: the one, in the middle, whose spectrum of W' - W is drawn."""
 
     model: str
     steps: int
@@ -95,7 +96,7 @@ def adapter_cell(work: Any, subject: Subject, config: Config, rank: int, seed: i
 
 
 def lora_cell(work: Any, subject: Subject, config: Config, done: Results) -> dict[str, Any]:
-    """Subspaces of three adapters, and table 7."""
+    """Subspaces of three adapters, and table 7: figures of every layer, maps of four from the first to the last."""
     small, large = config.ranks
     few, many, again = (
         dict(np.load(place(subject, config, rank, seed))) for rank, seed in ((small, 0), (large, 0), (large, 1))
@@ -104,34 +105,52 @@ def lora_cell(work: Any, subject: Subject, config: Config, done: Results) -> dic
     weights = {path.split("/")[-2]: leaf for path, leaf in leaves.items() if path.endswith("/kernel")}
     out: dict[str, Any] = {}
     for name in sorted({key.partition("/")[0] for key in few}):
-        held = {rank: (adapter[f"{name}/a"], adapter[f"{name}/b"]) for rank, adapter in ((small, few), (large, many))}
-        held[0] = (again[f"{name}/a"], again[f"{name}/b"])
-        products = {
-            key: [spectra.svd_of_product(a, b) for a, b in zip(*pair, strict=True)] for key, pair in held.items()
-        }
-        out[name] = {}
-        for what in ("A", "AB"):
-            of_small, of_large, of_again = (
-                [spectra.basis(a) for a in held[key][0]] if what == "A" else [u for u, _, _ in products[key]]
-                for key in (small, large, 0)
-            )
-            between = [spectra.overlaps(f, m) for f, m in zip(of_small, of_large, strict=True)]
-            seeds = [spectra.overlaps(m, a) for m, a in zip(of_large, of_again, strict=True)]
-            out[name][what] = {
-                "ranks": rounded(between[subject.layer], 3),
-                "seeds": rounded(seeds[subject.layer][:small, :small], 3),
+        pairs = {key: (adapter[f"{name}/a"], adapter[f"{name}/b"]) for key, adapter in enumerate((few, many, again))}
+        products = [[spectra.svd_of_product(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs.values()]
+        ws = [(w, spectra.svd(w)) for w in np.asarray(weights[name])]
+        bases = {"A": [[spectra.basis(a) for a in a_and_b[0]] for a_and_b in pairs.values()]}
+        bases["AB"] = [[u for u, _, _ in each] for each in products]
+        out[name] = found = {"d": len(ws[0][0]), "layers": [round(n) for n in np.linspace(0, len(ws) - 1, 4)]}
+        for what, (of_few, of_many, of_again) in bases.items():
+            between, seeds = each_overlap(of_few, of_many), each_overlap(of_many, of_again)
+            found[what] = {
                 "phi(1, all) of ranks, by layer": rounded([phi[0, -1] for phi in between]),
                 "phi(1, 1) of ranks, by layer": rounded([phi[0, 0] for phi in between]),
                 "phi(1, 1) of seeds, by layer": rounded([phi[0, 0] for phi in seeds]),
             }
-        d = held[large][0].shape[1]
-        chance = spectra.overlaps(*(spectra.basis(spectra.gaussian((d, large), seed)) for seed in (0, 1)))
-        out[name] |= {"random": rounded(chance[:small], 3), "d": d}
-        ws = [(w, spectra.svd(w)) for w in np.asarray(weights[name])]
-        for rank in (small, large):
-            each = [spectra.amplified(*w, change, rank) for w, change in zip(ws, products[rank], strict=True)]
-            out[name][f"table 7, r = {rank}"] = {key: rounded(np.mean([one[key] for one in each])) for key in each[0]}
+        found |= overlap_maps(found["layers"], bases, [u for _, (u, _, _) in ws])
+        own = each_overlap([u for _, (u, _, _) in ws], bases["AB"][0])
+        found["phi(large, small) of W and AB, by layer"] = rounded([phi[large - 1, -1] for phi in own])
+        for rank, changes in zip(config.ranks, products[:2], strict=True):
+            each = [spectra.amplified(*w, change, rank) for w, change in zip(ws, changes, strict=True)]
+            found[f"table 7, r = {rank}"] = {key: rounded(np.mean([one[key] for one in each])) for key in each[0]}
+            found[f"factor by layer, r = {rank}"] = rounded([one["factor"] for one in each])
     return out
+
+
+def each_overlap(some: list[np.ndarray], others: list[np.ndarray]) -> list[np.ndarray]:
+    """phi layer by layer."""
+    return [spectra.overlaps(u, v) for u, v in zip(some, others, strict=True)]
+
+
+def overlap_maps(layers: list[int], bases: dict[str, Any], of_w: list[np.ndarray]) -> dict[str, Any]:
+    """phi at the i and j that `spectra.kept` keeps, of `layers`; random directions beside: those of "seeds" serve
+    "ranks" too.
+    """
+    of_few, of_many, of_again = bases["A"]
+    (d, small), large = of_few[0].shape, of_many[0].shape[1]
+    few, many, first = spectra.kept(small), spectra.kept(large), spectra.doubled(min(128, of_w[0].shape[1]))
+    phi = lambda i, j, u, v: spectra.thinned(spectra.overlaps(u, v), i, j)
+    drawn = lambda i, j, us, vs: [phi(i, j, us[layer], vs[layer]) for layer in layers]
+    one, other = (spectra.basis(spectra.gaussian((d, large), seed)) for seed in (0, 1))
+    return {
+        "ranks": drawn(few, many, of_few, of_many),
+        "seeds": drawn(many, many, of_many, of_again),
+        "own, small": drawn(first, few, of_w, bases["AB"][0]),
+        "own, large": drawn(first, many, of_w, bases["AB"][1]),
+        "random": phi(many, many, one, other),
+        "own, random": phi(first, many, of_w[layers[0]], one),
+    }
 
 
 def full_cell(work: Any, subject: Subject, config: Config, done: Results) -> dict[str, Any]:
@@ -173,12 +192,15 @@ def cells(config: Config) -> list[Cell]:
 
 
 def show(config: Config, done: Results) -> Shown:
-    shown = Shown(text=told(config, done))
+    loras, fulls = (
+        {name: by_weight(done, f"{name}/{kind}") for name, _ in config.subjects} for kind in ("lora", "full")
+    )
+    shown = Shown(text=told({name: (loras[name], fulls[name]) for name in loras}, config.ranks))
     small, large = config.ranks
     line = lambda values: f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
     similar, seven, full = [], [], []
     for name, _ in config.subjects:
-        for weight, found in by_weight(done, f"{name}/lora").items():
+        for weight, found in loras[name].items():
             for what in ("A", "AB"):
                 first, whole, seeds = (
                     line(found[what][f"phi({of}, by layer"])
@@ -188,7 +210,7 @@ def show(config: Config, done: Results) -> Shown:
                 similar.append([name, weight, what, first, seeds, random, whole, f"{large / found['d']:.3f}"])
             for rank in config.ranks:
                 seven.append([name, weight, f"LoRA r = {rank}", *seven_of(found[f"table 7, r = {rank}"])])
-        for weight, found in by_weight(done, f"{name}/full").items():
+        for weight, found in fulls[name].items():
             seven.append([name, weight, "full", *seven_of(found["table 7"])])
             shares = [line(found[f"share of {k}"]) for k in (8, 64)]
             ranks = found["effective rank"]
@@ -216,35 +238,10 @@ def show(config: Config, done: Results) -> Shown:
         )
         head = ["model", "weight", "change by", "change's", "W's", "random", "norm of W", "of change", "amplified by"]
         shown.tables.append(Table(head, seven, note))
-    shown.figures.extend(heat_maps(config, done))
-    shown.figures.extend(curves(config, done))
+    tags = {name: TAG[subject.model] for name, subject in config.subjects}
+    layers = {name: subject.layer for name, subject in config.subjects}
+    shown.figures.extend([*maps.overlaps(loras, config.ranks, tags), *maps.spectrum(fulls, layers)])
     return shown
-
-
-def told(config: Config, done: Results) -> str:
-    """What holds at this size, in figures of every model and weight; "" until all of them are there."""
-    held, loras = ([by_weight(done, f"{name}/{kind}") for name, _ in config.subjects] for kind in ("full", "lora"))
-    if not (all(held) and all(loras)):
-        return ""
-    small, large = config.ranks
-    full, lora = ([one for found in many for one in found.values()] for many in (held, loras))
-    span = lambda values, form: " to ".join(dict.fromkeys(format(pick(values), form) for pick in (min, max)))
-    mean = lambda many, key: [float(np.mean(one[key])) for one in many]
-    phi = lambda of: [float(np.mean(one["A"][f"phi(1, 1) of {of}, by layer"])) for one in lora]
-    factors = [[one[f"table 7, r = {small}"]["factor"] for one in found.values()] for found in loras]
-    amplified = ", ".join(
-        f"{span(found, '.2g')} ({name})" for found, (name, _) in zip(factors, config.subjects, strict=True)
-    )
-    return (
-        "What full fine-tuning changes leans on few directions: the first 8 hold "
-        f"{span(mean(full, 'share of 8'), '.0%')} of its square (of a random matrix "
-        f"{span([one['random'] for one in full], '.0%')}), the first 64 {span(mean(full, 'share of 64'), '.0%')}. It "
-        f"is not of rank 8: its effective rank is {span(mean(full, 'effective rank'), '.0f')}. What LoRA learns at "
-        f"ranks {small} and {large} shares {span(phi('ranks'), '.2f')} of its first direction, with two seeds "
-        f"{span(phi('seeds'), '.2f')}, where random directions share {span([1 / one['d'] for one in lora], '.3f')} and "
-        f"the paper's GPT-3 more than 0.5. Table 7's factor at r = {small} is {amplified}; in GPT-3 21.5. A few "
-        "hundred steps of small models are little to learn from: this is what is seen here, no word on larger models."
-    )
 
 
 def seven_of(found: dict[str, float]) -> list[str]:
@@ -252,41 +249,5 @@ def seven_of(found: dict[str, float]) -> list[str]:
     return [f"{found[key]:.3g}" for key in keys]
 
 
-def heat_maps(config: Config, done: Results) -> list[Figure]:
-    """Figures 3 (ranks) and 4 (seeds), with random directions beside."""
-    out, (small, large) = [], config.ranks
-    for name, subject in config.subjects:
-        held = by_weight(done, f"{name}/lora")
-        if not held:
-            continue
-        maps = (("A", "ranks"), ("AB", "ranks"), ("AB", "seeds"), ("random", ""))
-        figure, axes = canvas(len(held), len(maps), (2.7, 2.3))
-        most = max(np.max(found[what][key] if key else found[what]) for found in held.values() for what, key in maps)
-        for row, (weight, found) in zip(axes, held.items(), strict=True):
-            for ax, (what, key) in zip(row, maps, strict=True):
-                phi = np.asarray(found[what][key] if key else found[what])
-                edges = (0.5, phi.shape[1] + 0.5, 0.5, phi.shape[0] + 0.5)
-                image = ax.imshow(phi, vmin=0, vmax=most, aspect="auto", origin="lower", extent=edges)
-                of = f"r = {small} and {large}" if key == "ranks" else "two seeds" if key else ""
-                ax.set(title=f"{weight}, {what} {of}".rstrip(), xlabel="j", ylabel="i")
-            figure.colorbar(image, ax=row[-1], label="phi(i, j)")
-        caption = f"{name}, layer {subject.layer}: overlap of the first i and j input directions"
-        out.append(Figure(f"overlap-{TAG[subject.model]}", caption, figure))
-    return out
-
-
-def curves(config: Config, done: Results) -> list[Figure]:
-    """The spectrum of W' - W."""
-    held = {name: by_weight(done, f"{name}/full") for name, _ in config.subjects if f"{name}/full" in done}
-    if not held:
-        return []
-    figure, axes = canvas(1, len(held), (4.2, 3))
-    for ax, (name, found) in zip(axes[0], held.items(), strict=True):
-        for weight, one in found.items():
-            ax.plot(range(1, len(one["spectrum"]) + 1), one["spectrum"], label=weight)
-        ax.set(title=name, xlabel="singular value of W' - W", ylabel="over the first", xscale="log", yscale="log")
-        ax.legend(frameon=False)
-    return [Figure("full-spectrum", "Singular values of what full fine-tuning changes in one layer", figure)]
-
-
-EXPERIMENT = Experiment("why", "Figures 3 to 8, table 7: why a low rank is enough", Config(), SMALL, cells, show)
+TITLE = "Figures 3, 4, 6 to 8, table 7: why a low rank may be enough"
+EXPERIMENT = Experiment("why", TITLE, Config(), SMALL, cells, show)
