@@ -54,7 +54,13 @@ def show(config: Config, done: Results) -> Shown:
         sizes = [int(n) for task, _ in config.tasks for n in of(done, f"{task}/{method}", "trained")]
         found = [cell(of(done, f"{task}/{method}")) for task, _ in config.tasks]
         rows.append([NAMES[method], f"{sizes[0]:,}" if sizes else "", *found])
-    note = "Dev, accuracy x 100, mean ± half the 95 % interval over seeds (how many)."
+    steps = ", ".join(f"{task} {count} steps" for task, count in config.tasks)
+    rates = ", ".join(f"{rate:g}" for rate in config.rates)
+    note = (
+        f"MiniLM on dev, accuracy x 100, mean ± half the 95 % interval over seeds (how many); {steps} of 16. Rates are "
+        f"searched for each method and task on rows held out of train, all on one grid ({rates}, and one step beyond "
+        "an end that is best); a sum has one rate for both of its parts."
+    )
     return Shown([Table(["method", "trained", *(task for task, _ in config.tasks)], rows, note)])
 
 

@@ -148,10 +148,19 @@ def show(config: Config, done: Results) -> Shown:
     head = ["model", "method", "trained", "states, GB", "step, GB", "checkpoint, MB", "chips"]
     tables = [Table(head, rows, note)]
     if "switching" in done:
-        times = [[k, f"{v:,.1f}"] for k, v in done["switching"].items() if k != "seconds"]
-        tables.append(
-            Table(["to switch a task, SmolLM2-135M, r = 8 on q and v", "ms"], times, "Median; a shared machine.")
+        held = {what: value for what, value in done["switching"].items() if what != "seconds"}
+        times = [
+            [what, f"{ms:.2f}" if ms < 1 else f"{ms:,.1f}"] for what, ms in held.items() if not what.endswith("MB")
+        ]
+        sizes = [[what.removesuffix(", MB"), f"{mb:,.1f}"] for what, mb in held.items() if what.endswith("MB")]
+        note = (
+            f"SmolLM2-135M in float32, LoRA of r = 8 on q and v. Medians of {config.repeats} (of the whole model's "
+            f"reading {max(2, config.repeats // 5)}); a shared machine."
         )
+        tables += [
+            Table(["to switch a task", "ms"], times, note),
+            Table(["what is read", "MB"], sizes, "Sizes of what is read."),
+        ]
     return Shown(tables)
 
 

@@ -52,7 +52,12 @@ def show(config: Config, done: Results) -> Shown:
     rows = [
         [NAMES[method], *(cell(of(done, f"{count}/{method}")) for count in config.rows)] for method, _ in config.rates
     ]
-    note = f"{config.task} dev, accuracy x 100 (chance about 50), mean ± half the 95 % interval over seeds (how many)."
+    note = (
+        f"MiniLM on {config.task} dev, accuracy x 100 (chance about 50), mean ± half the 95 % interval over seeds (how "
+        f"many); {', '.join(map(str, config.steps))} steps of 16. The rows are the first so many, the same for every "
+        "seed: ± is of initialisation and order alone, not of which rows are drawn. Rates are searched for each method "
+        "and number of rows, on rows that are in none of them."
+    )
     return Shown([Table(["method", *(f"{count:,} rows" for count in config.rows)], rows, note)])
 
 

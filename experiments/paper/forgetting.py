@@ -13,6 +13,8 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
+
 from experiments.paper.cells import Cell, Experiment, Results
 from experiments.paper.fits import Fitted, Work
 from experiments.paper.tables import Figure, Shown, Table, canvas, mean
@@ -96,17 +98,30 @@ def show(config: Config, done: Results) -> Shown:
         for curve in CURVES:
             values = zip(*(run[curve] for run in runs(method)), strict=True)
             rows.append([method, curve, *(f"{mean(at)[0]:.3g}" for at in values), str(len(runs(method)))])
-    note = f"{config.rows} movie snippets, batches of 8; means over seeds. `other domain`: tweets."
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in config.methods)
+    passes = f"{8 * config.steps / config.rows:.0f}"
+    note = (
+        f"SmolLM2 on {config.rows} movie snippets, {config.steps} steps of 8 ({passes} passes), LoRA of r = "
+        f"{PAPER_TARGETS[DECODER]['rank']} on {' and '.join(PAPER_TARGETS[DECODER]['targets'])}; rates ({rates}) were "
+        f"not searched. Of {config.held} rows or sentences each, means over seeds. `seen`: rows that it trains on; "
+        f"`held out`: of the same domain; `other domain`: {OTHER}; `general text`: Wikipedia's, of QNLI."
+    )
     table = Table(["method", "figure", *(f"step {at}" for at in config.at), "seeds"], rows, note)
-    figure, axes = canvas(1, len(CURVES), (2.8, 2.6))
+    figure, axes = canvas(1, len(CURVES), (2.4, 2.6))
+    losses = [curve for curve in CURVES if curve.endswith("loss")]
+    most = max((loss for method in methods for run in runs(method) for c in losses for loss in run[c][1:]), default=1)
     for ax, curve in zip(axes[0], CURVES, strict=True):
         for method, colour in zip(methods, ("#2a6f97", "#bc6c25"), strict=False):
             for run in runs(method):
-                ax.plot(config.at, run[curve], color=colour, alpha=0.4)
-            ax.plot([], [], color=colour, label=method)
-        ax.set(title=curve, xlabel="step")
+                ax.plot(config.at, run[curve], color=colour, alpha=0.3, linewidth=1)
+            ax.plot(config.at, np.mean([run[curve] for run in runs(method)], 0), color=colour, label=method)
+        ax.set(title=curve.replace(", ", ",\n"), xlabel="step")
+        if curve in losses:  # both on one scale, cut above what is left after the first look
+            ax.set_ylim(0, 1.05 * most)
     axes[0][0].legend(frameon=False)
-    return Shown([table], [Figure("forgetting", "As training goes on: full and LoRA", figure)])
+    start = ", ".join(f"{runs(methods[0])[0][curve][0]:.1f}" for curve in losses)
+    caption = f"As training goes on: full and LoRA, seeds (thin) and means; the losses are cut, they start at {start}"
+    return Shown([table], [Figure("forgetting", caption, figure)])
 
 
 EXPERIMENT = Experiment("forgetting", "Forgetting and overfitting", Config(), SMALL, cells, show)

@@ -83,12 +83,16 @@ def show(config: Config, done: Results) -> Shown:
         "Singular values of (alpha/r) A·B, effective rank (sum s)²/sum s² of 8, and how far query and value read the "
         "same directions of A."
     )
+    from matplotlib import colormaps
+
     figure, axes = canvas(1, 2, (4.2, 3))
     for ax, name in zip(axes[0], ("query", "value"), strict=True):
         table = np.array(held[name]["singular values"])
+        colours = colormaps["viridis"](np.linspace(0, 0.93, len(table)))
         for layer, values in enumerate(table):
-            ax.plot(range(1, 9), values, color=(0.1, 0.15 + 0.05 * layer, 0.35 + 0.05 * layer), label=f"layer {layer}")
-        ax.set(title=name, xlabel="singular value", yscale="log")
+            ax.plot(range(1, len(values) + 1), values, color=colours[layer], label=str(layer))
+        ax.set(title=name, xlabel="direction", ylabel="singular value of (alpha/r) A·B", yscale="log", ylim=(0.01, 20))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), title="layer", loc="outside right center", frameon=False)
     return Shown(
         [Table(head, rows, note)], [Figure("released-spectrum", "The released adapter, layer by layer", figure)]
     )

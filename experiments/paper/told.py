@@ -11,18 +11,18 @@ Found = dict[str, dict[str, Any]]
 """Of a model, by weight."""
 
 
-def told(models: dict[str, tuple[Found, Found]], ranks: tuple[int, int]) -> str:
+def told(models: dict[str, tuple[Found, Found]], ranks: tuple[int, int], steps: dict[str, int]) -> str:
     """A paragraph a model {name: (lora's, full fine-tuning's)}, "" unless all of it is there."""
     if not all(lora and full for lora, full in models.values()):
         return ""
     first = (
-        "The paper's are of layer 48 of GPT-3's 96: the first directions of two ranks share more than 0.5, and LoRA at "
-        "r = 4 amplifies by 21.5 what it changes, where W is 16 times what it is in random directions. Here depth "
-        "decides whether two runs share a direction, which a mean over layers hides (layers count from 0). A few "
-        "hundred steps of small models are no word on larger ones."
+        "The paper's figures are of GPT-3, these of layer 48 of its 96: the first directions of two ranks share more "
+        "than 0.5, and LoRA at r = 4 amplifies by 21.5 what it changes, where W is 16 times what it is in random "
+        "directions. Here depth decides whether two runs share a direction, which a mean over layers hides (layers "
+        "count from 0). Few steps of small models, at rates that were not searched, are no word on larger ones."
     )
     each = [
-        f"{name}. {' '.join((shared(lora, ranks), amplified(lora, ranks), leaning(full)))}"
+        f"{name}, {steps[name]} steps. {' '.join((shared(lora, ranks), amplified(lora, ranks), leaning(full)))}"
         for name, (lora, full) in models.items()
     ]
     return "\n\n".join([first, *each])
@@ -61,7 +61,7 @@ def amplified(lora: Found, ranks: tuple[int, int]) -> str:
     return (
         f"Table 7's factor at r = {small} is {span(factors, '.2f')}{none} ({span(layers, '.2f')} by layer). In the "
         f"change's directions W is {span(ratios, '.2f')} times what it is in random ones, and its first {large} hold "
-        f"{span(near, '.2f')} of the change's {small}, random ones {random}."
+        f"{span(near, '.2f')} of the change's {small}, {large} random ones {random}."
     )
 
 

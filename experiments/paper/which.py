@@ -64,9 +64,16 @@ def show(config: Config, done: Results) -> Shown:
         for weights in dict.fromkeys(weights for weights, _ in RANKS)
     ]
     note = (
-        f"{config.task} dev, accuracy x 100, mean ± half the 95 % interval over seeds (how many); "
+        f"MiniLM on {config.task} dev, accuracy x 100, mean ± half the 95 % interval over seeds (how many); "
         f"{config.steps} steps of 16 at one rate, {config.rate:g}, that was not searched."
     )
+    stuck = [
+        f"{named(weights)} at r = {rank} ({100 * score:.1f})"
+        for weights, rank in config.cases
+        for score in of(done, f"{weights} r={rank}")
+        if score < 0.55
+    ]
+    note += f" A seed that stayed near chance: {'; '.join(stuck)}." if stuck else ""
     return Shown(
         [
             Table(["weights", "rank", "trained", config.task], first, f"One budget. {note}"),

@@ -195,7 +195,8 @@ def show(config: Config, done: Results) -> Shown:
     loras, fulls = (
         {name: by_weight(done, f"{name}/{kind}") for name, _ in config.subjects} for kind in ("lora", "full")
     )
-    shown = Shown(text=told({name: (loras[name], fulls[name]) for name in loras}, config.ranks))
+    steps = {name: subject.steps for name, subject in config.subjects}
+    shown = Shown(text=told({name: (loras[name], fulls[name]) for name in loras}, config.ranks, steps))
     small, large = config.ranks
     line = lambda values: f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
     similar, seven, full = [], [], []
