@@ -13,6 +13,7 @@ import dataclasses
 import io
 import json
 import re
+import textwrap
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,16 @@ INTRO = """The paper is [Hu et al. 2021](https://arxiv.org/abs/2106.09685), vers
 cores with two small models, MiniLM (22M parameters, in RoBERTa's place) and SmolLM2 (135M, in GPT-2's), few steps, and
 the seeds that each table states. No rate is chosen on the rows that count: those of glue, few, combined, e2e and
 dimension are searched on rows held out of train (WebNLG and DART take E2E's), those of which, why, shots, forgetting,
-preference, domains and methods.py are one guess each. It shows that the methods do what they should and whether the
-paper's findings hold at this size; the paper's own figures need its models, whose recipes are in
-`experiments/recipes.py`."""
-RUN = """    pip install -e ".[demo,eval]" nltk pycocoevalcap      # and Java, for METEOR
+preference, domains and methods.py are one guess each. GLUE's steps were raised once with those rows in sight, as
+is said there. It shows that the methods do what they should and whether the paper's findings hold at this size; the
+paper's own figures need its models, whose recipes are in `experiments/recipes.py`."""
+COMMANDS = """    pip install -e ".[demo,eval]" nltk pycocoevalcap      # and Java, for METEOR
     python -m experiments.all --budget 8h       # goes on from experiments/results, cell by cell
     python -m experiments.all --small --output build/small
     python -m experiments.report                # this file, the figures, build/results.html
-    python -m experiments.recipes               # the paper's own models: settings and figures to hold them against
-
-Files of GLUE, E2E, WebNLG and DART lie below `$JLORA_SHARED/data` (`experiments/paper/works.py`); models and snippets
-come by pip."""
+    python -m experiments.recipes               # the paper's own models: settings and figures to hold them against"""
+FILES = """Files of GLUE, E2E, WebNLG and DART lie below `$JLORA_SHARED/data` (`experiments/paper/works.py`); models and
+snippets come by pip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Part:
     @property
     def state(self) -> str:
         return "complete" if self.done == self.of else f"{self.done} of {self.of} cells"
+
+    @property
+    def command(self) -> str:
+        return f"`python -m experiments.all {self.about.name}`: {self.state}."
 
 
 def parts(folder: Path, small: bool = False) -> tuple[list[Part], dict[str, Any]]:
@@ -71,6 +75,10 @@ def parts(folder: Path, small: bool = False) -> tuple[list[Part], dict[str, Any]
     return out, results
 
 
+def key(results: dict[str, Any]) -> str:
+    return f"{KEY} Of {len(CLAIMS)} claims: {summary(results)}."
+
+
 def claims(results: dict[str, Any]) -> Table:
     rows = []
     for claim in CLAIMS:
@@ -82,18 +90,21 @@ def claims(results: dict[str, Any]) -> Table:
 
 def markdown(found: list[Part], results: dict[str, Any]) -> str:
     """README.md."""
-    out = ["# The paper, run here", INTRO, RUN, "## Claims", f"{KEY} Of {len(CLAIMS)} claims: {summary(results)}."]
-    out.append(claims(results).markdown())
+    out = ["# The paper, run here", INTRO, COMMANDS, FILES, "## Claims", key(results), claims(results).markdown()]
     for part in found:
         if not part.done:
             continue
-        out += [f"## {part.about.title}", f"`python -m experiments.all {part.about.name}`: {part.state}."]
+        out += [f"## {part.about.title}", part.command]
         out += [part.shown.text] if part.shown.text else []
         out += [table.markdown() for table in part.shown.tables]
         out += [f"![{figure.caption}](results/{figure.name}.png)" for figure in part.shown.figures]
-    left = [f"{part.about.name} ({part.about.title})" for part in found if not part.done]
-    out += [f"Not run yet: {'; '.join(left)}."] if left else []
+    out += not_run(found)
     return "\n\n".join(out) + "\n"
+
+
+def not_run(found: list[Part]) -> list[str]:
+    left = [f"{part.about.name} ({part.about.title})" for part in found if not part.done]
+    return [f"Not run yet: {'; '.join(left)}."] if left else []
 
 
 SORT = """document.querySelectorAll('th').forEach(th => {
@@ -110,30 +121,38 @@ SORT = """document.querySelectorAll('th').forEach(th => {
     const rows = [...table.rows].slice(1), held = rows.filter(row => key(row) !== '')
     held.sort((a, b) => order(key(a), key(b)) * (up ? 1 : -1))
     table.append(...held, ...rows.filter(row => key(row) === '')) } })"""
+SORTS = "A click on the head of a column sorts the table by it, another one the other way."
 MORE = """body { max-width: 76rem } img { max-width: 100%; background: #fff }
-.wide { overflow-x: auto } .wide td, .wide th { overflow-wrap: normal; min-width: 5rem }
+.wide, pre { overflow-x: auto } pre { white-space: pre }
+.wide td, .wide th { overflow-wrap: normal; min-width: 5rem }
 th { cursor: pointer; white-space: normal } th[aria-sort=ascending]::after { content: " \\2191" }
 th[aria-sort=descending]::after { content: " \\2193" }"""
 
 
 def page(found: list[Part], results: dict[str, Any]) -> str:
     """The same in one HTML file; a click on a column's head sorts by it."""
-    out = ["<h1>The paper, run here</h1>", f"<p>{marked(INTRO)}</p>", "<h2>Claims</h2>"]
-    out += [f"<p>{marked(KEY)} Of {len(CLAIMS)} claims: {escape(summary(results))}.</p>", html(claims(results))]
+    commands = escape(textwrap.dedent(COMMANDS))
+    out = ["<h1>The paper, run here</h1>", paragraphs(INTRO), f"<pre>{commands}</pre>", paragraphs(FILES)]
+    out += [f'<p class="key">{SORTS}</p>', "<h2>Claims</h2>", paragraphs(key(results)), html(claims(results))]
     for part in found:
-        out += [f"<h2>{escape(part.about.title)}</h2>", f"<p>{escape(part.state)}</p>"]
-        if part.done:
-            out += [f"<p>{marked(part.shown.text)}</p>"] if part.shown.text else []
-            out += [html(table) for table in part.shown.tables]
+        if not part.done:
+            continue
+        out += [f"<h2>{escape(part.about.title)}</h2>", paragraphs(part.command), paragraphs(part.shown.text)]
+        out += [html(table) for table in part.shown.tables]
         for figure in part.shown.figures:
             data = base64.b64encode(png(figure.drawn)).decode()
             caption = escape(figure.caption)
             image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
             out.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    out += [paragraphs(text) for text in not_run(found)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
     body = "\n".join(out)
     head += f"<title>The paper, run here</title><style>{STYLE}{MORE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n<script>{SORT}</script></body></html>\n'
+
+
+def paragraphs(text: str) -> str:
+    return "\n".join(f"<p>{marked(part)}</p>" for part in text.split("\n\n") if part)
 
 
 def marked(text: str) -> str:
@@ -146,8 +165,7 @@ def marked(text: str) -> str:
 def html(table: Table) -> str:
     row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{marked(cell)}</{tag}>" for cell in cells) + "</tr>"
     lines = [row(table.head, "th"), *(row(cells, "td") for cells in table.rows)]
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
-    return f'{note}<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'{paragraphs(table.note)}<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def png(figure: Any) -> bytes:

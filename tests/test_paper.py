@@ -276,6 +276,8 @@ def test_the_readme_says_what_the_results_say():
     assert all((README.parent / "results" / f"{f.name}.png").is_file() for part in found for f in part.shown.figures)
     html = page(found, results)
     assert html.count("<table>") == 1 + sum(len(part.shown.tables) for part in found if part.done)
+    assert all(f"<code>python -m experiments.all {part.about.name}</code>" in html for part in found if part.done)
+    assert "<pre>pip install" in html and "sorts the table" in html
 
 
 def test_every_claim_names_what_finds_it():
