@@ -372,6 +372,39 @@ def test_verdicts_weigh_every_part_of_a_claim():
     assert holds.glue_holds(results("glue", few | {"SST-2/full": 0.805, "MRPC/full": 0.8})) == "agrees so far"
 
 
+def test_quantised_bases_on_a_tiny_model(tmp_path, monkeypatch):
+    from experiments.paper import quantised
+
+    many = [Row(f"good film {n}", f" {mood}", where="") for n in range(20) for mood in ("bad", "good")]
+    monkeypatch.setattr(quantised, "read_rows", lambda source: many)
+    config = dataclasses.replace(quantised.SMALL, model=small_model(tmp_path / "model"))
+    assert run(quantised.EXPERIMENT, config, tmp_path / "out", Budget(None)) == 0
+    done = Kept(tmp_path / "out", "quantised", dataclasses.asdict(config)).results
+    assert done["none/base"]["bits"] == 32 and done["none/base"]["error"] == 0
+    assert 4 < done["nf4/base"]["bits"] < 8 and 0.01 < done["nf4/base"]["error"] < 0.2
+    (table,) = quantised.show(config, done).tables
+    assert {len(row) for row in table.rows} == {len(table.head)} and table.rows[1][0] == "NF4"
+
+
+def test_verdicts_on_quantised_bases():
+    from experiments.paper import quantised
+
+    floats = (0.85, 0.87, 0.86, 0.84, 0.88)
+
+    def results(**apart):
+        found = {s: [x + by for x in floats] for s, by in {"none": 0.0, **apart}.items()}
+        return {"quantised": {f"{s}/seed {n}": {"score": x} for s, every in found.items() for n, x in enumerate(every)}}
+
+    holds = lambda **apart: quantised.holds(results(**apart))
+    assert quantised.holds({"quantised": {}}) == "open" and holds(nf4=0) == "cannot be told apart so far"
+    assert holds(int8=0, nf4=0.01, int4=-0.02) == "cannot be told apart"
+    assert holds(int8=0.05, nf4=-0.05, int4=0) == "in part"
+    assert holds(int8=0.02, nf4=0.02, int4=0.02) == "agrees"
+    assert holds(int8=-0.05, nf4=-0.05, int4=-0.05) == "does not agree"
+    said = "float32 86.0 ± 2.0 (5); NF4 81.0 ± 2.0 (5), -5.0 ± 2.3 more than float32"
+    assert said in quantised.here(results(nf4=-0.05)), "by 2.306 s (2 / 5)^1/2, s = 1.58"
+
+
 def test_examples_in_the_prompt(tmp_path):
     import random
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from experiments.paper import found as f
 from experiments.paper import holds as h
-from experiments.paper import which
+from experiments.paper import quantised, which
 from experiments.paper.found import Everything
 
 
@@ -233,12 +233,9 @@ CLAIMS = [
     Claim(
         "A quantised base (QLoRA) learns as well",
         "Dettmers et al.",
-        always(
-            "SmolLM2 on movie snippets, right words after LoRA on the base in float32 87.5 %, int8 86.0, NF4 83.5, "
-            "int4 82.0 (one seed, 5 points each way; docs/quantised.md)"
-        ),
-        "python experiments/quantised.py",
-        always("in part"),
+        quantised.here,
+        RUN.format("quantised"),
+        quantised.holds,
     ),
     Claim(
         "DPO trains on pairs (here: ordered by people's separate ratings of unrelated snippets)",
