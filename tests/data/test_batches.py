@@ -135,6 +135,13 @@ def test_an_answer_that_its_template_marks_follows_the_prompt_that_it_had():
     found, _ = tokenise_rows([row], words, 99)
     assert [text_of(e.tokens) for e in found] == ["<u>su$one$", "<u>u$[one$]<u>sv$two$"]
     assert [text_of(e.tokens[e.loss_mask]) for e in found] == ["one$", "two$"]
+    turns = [dict(turn, weight=0) if turn["content"] == "one" else turn for turn in row.messages]
+    (example,), _ = tokenise_rows([Row(messages=tuple(turns))], words, 99)
+    assert text_of(example.tokens) == "<u>u$[one$]<u>sv$two$"
+    # a prompt that differs from its first word on
+    words.chat_template = "{{ '?' if add_generation_prompt }}" + words.chat_template
+    found, _ = tokenise_rows([row], words, 99)
+    assert [text_of(e.tokens) for e in found] == ["?<u>su$one$", "?<u>u$[one$]<u>sv$two$"]
     # as DeepSeek R1's: the prompt opens more than the turn's header, which may stand in the mark
     words.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<a>{{ m.content }}$"
     words.chat_template += "{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}"

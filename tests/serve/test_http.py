@@ -267,18 +267,22 @@ def test_adapters_come_and_go_but_only_from_their_folders(served, tmp_path):
     assert set(Folders([folder]).found()) == set(NAMES)
 
 
-def test_an_adapter_speaks_by_the_chat_template_beside_it(served):
+@pytest.fixture
+def spoken(served):
+    """An adapter's folder of its own, under what is served."""
     folder = served.folder / "spoken"
     shutil.copytree(served.folder / "film", folder)
-    load = {"lora_name": "spoken", "lora_path": "spoken"}
-    try:
-        (folder / "chat_template.jinja").write_text("{% for m in messages %}")
-        error = served.post("/v1/load_lora_adapter", **load).json()["error"]["message"]
-        assert "spoken/chat_template.jinja: not a chat template: Unexpected end" in error
-        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} <unk> {% endfor %}")
-        assert served.post("/v1/load_lora_adapter", **load).status_code == 200
-    finally:
-        shutil.rmtree(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_an_adapter_speaks_by_the_chat_template_beside_it(served, spoken):
+    load, template = {"lora_name": "spoken", "lora_path": "spoken"}, spoken / "chat_template.jinja"
+    template.write_text("{% for m in messages %}")
+    error = served.post("/v1/load_lora_adapter", **load).json()["error"]["message"]
+    assert "spoken/chat_template.jinja: not a chat template: Unexpected end" in error
+    template.write_text("{% for m in messages %}{{ m.content }} <unk> {% endfor %}")
+    assert served.post("/v1/load_lora_adapter", **load).status_code == 200
     said = {"messages": [{"role": "user", "content": "good film"}], "max_tokens": 1}
     counts = {
         name: served.post("/v1/chat/completions", model=name, **said).json()["usage"]["prompt_tokens"]
