@@ -32,7 +32,7 @@ class Sight:
 
     `q_ids` i32 [b, s], `k_ids` i32 [b, t]: the example, for packed rows; padding has ids that no other has.
     `index` i32 []: the column of the first query. `window`: how many keys back are seen, None for all.
-    `local` bool []: whether the window holds, where only some layers have it.
+    `local` bool []: whether the window holds, where only some layers have it. `packed`: rows may hold several examples.
     """
 
     q_ids: Any
@@ -40,6 +40,7 @@ class Sight:
     index: Any = 0
     local: Any = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def dense(self) -> jax.Array:
         """bool [b, s, t]."""
@@ -176,10 +177,31 @@ def splash(
     return turn(out).astype(q.dtype)
 
 
-def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
-    """NVIDIA's fused kernel, for bfloat16 and float16."""
-    mask = sight.dense()[:, None]
-    return jax.nn.dot_product_attention(q, keys, values, mask=mask, scale=scale, implementation="cudnn")
+def cudnn(
+    q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float, implementation: Any = "cudnn"
+) -> jax.Array:
+    """NVIDIA's fused kernel, for bfloat16 and float16. Where it would need a bias [b, 1, s, s] (packed rows, a window
+    of some layers): blockwise. A row with padding elsewhere than after its tokens comes out as NaN."""
+    if sight.packed or sight.local is not None:
+        return blockwise(q, keys, values, sight, scale)
+    s, window = q.shape[1], sight.window
+    real = sight.q_ids == sight.k_ids
+    length = jnp.sum(real, axis=1, dtype=jnp.int32)
+    fits = jnp.all(real == (jnp.arange(s) < length[:, None]), axis=1)
+    fits &= jnp.all((sight.q_ids == sight.q_ids[:, :1]) | ~real, axis=1)
+    length = jnp.maximum(length, 1)  # a row of padding alone: a softmax over nothing is not finite
+    out = jax.nn.dot_product_attention(
+        q,
+        keys,
+        values,
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=length,
+        key_value_seq_lengths=length,
+        local_window_size=None if window is None or window >= s else (window - 1, 0),
+        implementation=implementation,
+    )
+    return jnp.where(fits[:, None, None, None], out, jnp.nan).astype(q.dtype)
 
 
 def fitting(platform: str, short: int = SHORT) -> Attention:

@@ -51,7 +51,8 @@ def causal_inputs(
         positions = jnp.maximum(here, 0)
     own = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     ids = seen.astype(jnp.int32) if segment_ids is None else jnp.where(seen, own, -1)
-    return positions, Sight(own, ids, jnp.asarray(index, jnp.int32)), seen, index
+    sight = Sight(own, ids, jnp.asarray(index, jnp.int32), packed=segment_ids is not None)
+    return positions, sight, seen, index
 
 
 def attended(
