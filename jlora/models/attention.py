@@ -204,6 +204,13 @@ def cudnn(
     return jnp.where(fits[:, None, None, None], out, jnp.nan).astype(q.dtype)
 
 
+def by_cudnn(q: jax.Array) -> bool:
+    """Whether the GPU's kernel takes q [b, s, h, k], by its type and head size (JAX's own limits)."""
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]  # of AMD's "gfx942"
+    largest = 0 if not major.isdigit() or int(major) < 8 else 128 if int(major) < 9 else 256
+    return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= largest
+
+
 def fitting(platform: str, short: int = SHORT) -> Attention:
     """The best way on "tpu" or "gpu", or on "any": plain for rows of at most `short` tokens. Kernels that are no XLA
     must be told how their arrays are sharded, so "any" has none."""
@@ -211,8 +218,8 @@ def fitting(platform: str, short: int = SHORT) -> Attention:
     def attention(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, scale: float) -> jax.Array:
         if q.shape[1] <= short:
             return plain(q, keys, values, sight, scale)
-        kernels = {"tpu": splash, "gpu": cudnn if q.dtype.itemsize == 2 else blockwise}
-        return kernels.get(platform, blockwise)(q, keys, values, sight, scale)
+        kernel = splash if platform == "tpu" else cudnn if platform == "gpu" and by_cudnn(q) else blockwise
+        return kernel(q, keys, values, sight, scale)
 
     return attention
 

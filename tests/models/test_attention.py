@@ -127,6 +127,15 @@ def test_the_kernel_of_gpus_gets_lengths_and_no_bias(gpu):
     assert "dot_product_attention" not in text and "2048,2048]" not in text
 
 
+@pytest.mark.parametrize(
+    "capability, size, taken",
+    [("8.0", 128, True), ("8.9", 256, False), ("9.0", 256, True), ("9.0", 60, False), ("gfx942", 64, False)],
+)
+def test_head_sizes_that_the_kernel_refuses_go_by_blocks(gpu, capability, size, taken):
+    gpu(capability)
+    assert ("dot_product_attention" in traced(size)) == taken
+
+
 def test_rows_that_the_kernel_cannot_do_are_no_numbers():
     arrays, sight = drawn()
     out = BY_XLA(*arrays, sight, K**-0.5)
