@@ -70,8 +70,12 @@ class LlamaConfig:
         theta, scaling = rope_of(hub)
         heads = hub["num_attention_heads"]
         windowed = hub.get("use_sliding_window", kind == "mistral")
-        if windowed and kind.startswith("qwen") and hub.get("max_window_layers", 0) < hub["num_hidden_layers"]:
-            raise ValueError("use_sliding_window with some layers full and some not is not supported in qwen")
+        if windowed and kind.startswith("qwen"):
+            layers = hub.get("layer_types")
+            beyond = hub.get("max_window_layers", 28) < hub["num_hidden_layers"]
+            if "sliding_attention" in layers if layers else beyond:
+                name = "layer_types" if layers else "max_window_layers"
+                raise ValueError(f"use_sliding_window with a window in some layers ({name}) is not supported in {kind}")
         config = cls(
             vocab_size=hub["vocab_size"],
             hidden_size=hub["hidden_size"],

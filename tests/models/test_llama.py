@@ -9,6 +9,8 @@ import jlora
 from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+LOCAL = ["full_attention", "full_attention", "sliding_attention"]
 CASES = {
     "llama": ("LlamaConfig", {}),
     "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -17,6 +19,7 @@ CASES = {
     "mistral": ("MistralConfig", {"sliding_window": 4}),
     "qwen 2": ("Qwen2Config", {}),
     "qwen 3": ("Qwen3Config", {"head_dim": 16}),
+    "qwen 3, a window in no layer": ("Qwen3Config", {**WINDOW, "layer_types": ["full_attention"] * 3}),
 }
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -111,6 +114,8 @@ def test_packed_examples_do_not_see_each_other():
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"model_type": "x"}, "x"),
+        ({"model_type": "qwen2", **WINDOW}, "max_window_layers"),
+        ({"model_type": "qwen3", **WINDOW, "max_window_layers": 3, "layer_types": LOCAL}, "layer_types"),
     ],
 )
 def test_what_is_not_supported_is_an_error(change, text):
