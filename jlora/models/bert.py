@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.causal import layer_input, stacked, through
-from jlora.models.heads import HEADS, Classifier, MaskedLM, Pooler, head_tensors
+from jlora.models.heads import Classifier, MaskedLM, Pooler, check_head, head_tensors
 from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
 ACTIVATIONS = {
@@ -50,6 +50,7 @@ class BertConfig:
     hidden_act: str = "gelu"
     pad_token_id: int = 0
     num_labels: int = 2
+    tie_word_embeddings: bool = True
     model_type: str = "bert"
 
     @classmethod
@@ -198,8 +199,7 @@ class Bert(nn.Module):
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub, without the model's prefix."""
         parts = (self.config, self.dtype, self.param_dtype)
-        if self.head not in HEADS:
-            raise ValueError(f"head {self.head!r} is not known: {', '.join(HEADS)} are")
+        check_head(self.head, self.config.tie_word_embeddings)
         self.embeddings = Embeddings(*parts)
         self.encoder = Encoder(*parts, self.scan_layers, self.remat)
         roberta = self.config.model_type == "roberta"

@@ -19,7 +19,7 @@ import numpy as np
 
 from jlora.models.bert import ACTIVATIONS, AddNorm, Intermediate, check_activations
 from jlora.models.causal import layer_input, stacked, through
-from jlora.models.heads import HEADS, Classifier, MaskedLM, Pooler, head_tensors
+from jlora.models.heads import Classifier, MaskedLM, Pooler, check_head, head_tensors
 from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
 
@@ -47,6 +47,7 @@ class DebertaConfig:
     hidden_act: str = "gelu"
     pooler_hidden_act: str = "gelu"
     num_labels: int = 2
+    tie_word_embeddings: bool = True
     model_type: str = "deberta-v2"
 
     @classmethod
@@ -288,8 +289,7 @@ class Deberta(nn.Module):
 
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub, without the model's prefix."""
-        if self.head not in HEADS:
-            raise ValueError(f"head {self.head!r} is not known: {', '.join(HEADS)} are")
+        check_head(self.head, self.config.tie_word_embeddings)
         parts = (self.config, self.dtype, self.param_dtype)
         self.embeddings = Embeddings(*parts)
         self.encoder = Encoder(*parts, self.scan_layers, self.remat)

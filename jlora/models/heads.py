@@ -14,6 +14,14 @@ from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 HEADS = ("none", "pooled", "classify", "regress", "mlm")
 
 
+def check_head(head: str, tied: bool) -> None:
+    """Raises ValueError for an unknown head, and for a masked model's with a table of its own (`tied` False)."""
+    if head not in HEADS:
+        raise ValueError(f"head {head!r} is not known: {', '.join(HEADS)} are")
+    if head == "mlm" and not tied:
+        raise ValueError("tie_word_embeddings False is not supported under head 'mlm': True is")
+
+
 class Pooler(nn.Module):
     """tanh(dense(first token)), or another activation (DeBERTa: gelu)."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,15 @@ def test_adapters_on_the_stack_stay_factored(tmp_path):
 def test_what_is_not_supported_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BertConfig.from_hf({**SIZES, "model_type": "bert", **wrong})
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_a_masked_models_head_with_a_table_of_its_own_is_refused(kind, tmp_path):
+    config = {**SIZES, "model_type": kind, "relative_attention": True, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tie_word_embeddings False is not supported under head 'mlm'"):
+        load(str(tmp_path), head="mlm", weights=False)
+    load(str(tmp_path), head="classify", weights=False)  # which has no such table
 
 
 def test_the_real_minilm(tmp_path):
