@@ -69,8 +69,7 @@ class LlamaConfig:
         check_causal(hub)
         theta, scaling = rope_of(hub)
         heads = hub["num_attention_heads"]
-        windowed = hub.get("use_sliding_window", kind == "mistral")
-        if windowed and kind.startswith("qwen"):
+        if kind.startswith("qwen") and hub.get("use_sliding_window"):
             layers = hub.get("layer_types")
             beyond = hub.get("max_window_layers", 28) < hub["num_hidden_layers"]
             if "sliding_attention" in layers if layers else beyond:
@@ -92,7 +91,7 @@ class LlamaConfig:
             o_bias=bool(hub.get("attention_bias", False)) and kind != "qwen2",
             mlp_bias=bool(hub.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
-            sliding_window=hub.get("sliding_window") if windowed and not kind.startswith("qwen") else None,
+            sliding_window=hub.get("sliding_window", 4096) if kind == "mistral" else None,
             model_type=kind,
             max_position_embeddings=hub.get("max_position_embeddings"),
         )

@@ -17,6 +17,7 @@ CASES = {
     "llama biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama 3.1": ("LlamaConfig", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 8}}),
     "mistral": ("MistralConfig", {"sliding_window": 4}),
+    "mistral, a field of Qwen's": ("MistralConfig", {"sliding_window": 4, "use_sliding_window": False}),
     "qwen 2": ("Qwen2Config", {}),
     "qwen 3": ("Qwen3Config", {"head_dim": 16}),
     "qwen 3, a window in no layer": ("Qwen3Config", {**WINDOW, "layer_types": ["full_attention"] * 3}),
@@ -72,6 +73,15 @@ def test_logits_are_those_of_transformers(name, scan):
         part, cache = model.apply({"params": params}, tokens[:, n : n + 4], mask=mask[:, n : n + 4], cache=cache)
         out.append(part)
     compare(np.concatenate(out, 1))
+
+
+def test_mistrals_window_is_the_one_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    hub = {"model_type": "mistral", **SIZES}
+    assert LlamaConfig.from_hf(hub).sliding_window == transformers.MistralConfig(**SIZES).sliding_window == 4096
+    assert LlamaConfig.from_hf({**hub, "sliding_window": None}).sliding_window is None
+    fields = {"model_type": "llama", "use_sliding_window": True, "sliding_window": 4}  # which Llama has not
+    assert LlamaConfig.from_hf({**hub, **fields}).sliding_window is None
 
 
 CONFIG = LlamaConfig(97, 32, 48, 3, 4, 2, 8, tie_word_embeddings=True)
