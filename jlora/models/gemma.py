@@ -28,7 +28,7 @@ from jlora.models.causal import (
     tied_head,
     written,
 )
-from jlora.models.rope import frequencies, rotate
+from jlora.models.rope import frequencies, rope_of, rotate
 from jlora.models.tensors import HFTensor
 
 
@@ -50,6 +50,7 @@ class GemmaConfig:
     rope_theta: float = 1_000_000.0
     rope_local_base_freq: float = 10_000.0
     rope_scaling: tuple[tuple[str, Any], ...] | None = None
+    rope_local_scaling: tuple[tuple[str, Any], ...] | None = None
     tie_word_embeddings: bool = True
     model_type: str = "gemma3_text"
 
@@ -72,12 +73,13 @@ class GemmaConfig:
         every = hub.get("sliding_window_pattern") or hub.get("_sliding_window_pattern") or 6
         default = ["full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(count)]
         kinds = hub.get("layer_types") or default
+        if len(kinds) != count or not {*kinds} <= {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types of {count} layers are {count} of full_attention and sliding_attention")
         rope = hub.get("rope_parameters") or {}
-        full, near = (
-            dict(rope.get("full_attention") or hub.get("rope_scaling") or {}),
-            rope.get("sliding_attention") or {},
-        )
-        theta = full.pop("rope_theta", None) or hub.get("rope_theta") or 1_000_000.0
+        whole = {"rope_parameters": rope.get("full_attention"), "rope_scaling": hub.get("rope_scaling")}
+        theta, scaling = rope_of({**whole, "rope_theta": hub.get("rope_theta") or 1_000_000.0})
+        near = {"rope_parameters": rope.get("sliding_attention"), "rope_theta": hub.get("rope_local_base_freq")}
+        near_theta, near_scaling = rope_of(near)
         same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         config = cls(
             **{name: hub[name] for name in same},
@@ -87,18 +89,21 @@ class GemmaConfig:
             sliding_window=hub["sliding_window"],
             local=tuple(kind == "sliding_attention" for kind in kinds),
             rms_norm_eps=hub.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_local_base_freq=float(near.get("rope_theta") or hub.get("rope_local_base_freq") or 10_000.0),
-            rope_scaling=tuple(sorted(full.items())) or None,
+            rope_theta=theta,
+            rope_local_base_freq=near_theta,
+            rope_scaling=scaling,
+            rope_local_scaling=near_scaling,
         )
         config.frequencies()
         return config
 
     def frequencies(self) -> tuple[np.ndarray, np.ndarray]:
         """Rotary frequencies f64 [k / 2] of local and of global layers."""
-        scaling = dict(self.rope_scaling) if self.rope_scaling else None
-        near = frequencies(self.head_dim, self.rope_local_base_freq, None)
-        return near, frequencies(self.head_dim, self.rope_theta, scaling)
+        near, far = (dict(scaling or ()) for scaling in (self.rope_local_scaling, self.rope_scaling))
+        return (
+            frequencies(self.head_dim, self.rope_local_base_freq, near),
+            frequencies(self.head_dim, self.rope_theta, far),
+        )
 
 
 class RMSNorm(nn.Module):

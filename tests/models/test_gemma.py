@@ -28,7 +28,7 @@ def pair(tmp_path_factory):
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     rope = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
     }
     config = transformers.Gemma3TextConfig(**SIZES, layer_types=kinds, rope_parameters=rope, initializer_range=0.2)
     theirs = transformers.Gemma3ForCausalLM(config).eval()
@@ -74,3 +74,9 @@ def test_old_and_new_configs_and_refusals():
     assert new.local == (True,) * 5 + (False, True) and new.rope_local_base_freq == 1e4
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         GemmaConfig.from_hf({**SIZES, "final_logit_softcapping": 30.0})
+    yarn = {"sliding_attention": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}}
+    with pytest.raises(ValueError, match="yarn"):
+        GemmaConfig.from_hf({**SIZES, "rope_parameters": yarn})
+    for kinds in (["full_attention"] * 3, ["chunked_attention"] * 4):
+        with pytest.raises(ValueError, match="layer_types of 4 layers"):
+            GemmaConfig.from_hf({**SIZES, "layer_types": kinds})
