@@ -125,7 +125,8 @@ class SelfAttention(nn.Module):
         split = lambda y: y.reshape(*y.shape[:-1], c.num_attention_heads, -1)
         project = {name: dense(name=f"{name}_proj") for name in ("query", "key", "value")}
         q, k, v = (split(layer(x)) for layer in project.values())
-        scale = (q.shape[-1] * (1 + len(c.pos_att_type))) ** -0.5
+        terms = 1 + len({"c2p", "p2c"} & {*c.pos_att_type})
+        scale = (q.shape[-1] * terms) ** -0.5
         scores = jnp.einsum("bshk,bthk->bhst", q, k)
 
         def places(name: str) -> jax.Array:

@@ -24,6 +24,7 @@ CASES = {
     "v3 mlm by relu": ({**V3, "hidden_act": "relu"}, "mlm"),
     "tanh pooled": ({**V3, "pooler_hidden_act": "tanh"}, "classify"),
     "own position kernels": ({"pos_att_type": ["c2p", "p2c"], "share_att_key": False, "type_vocab_size": 2}, "none"),
+    "a third kind, of DeBERTa v1": ({**V3, "pos_att_type": ["c2p", "p2c", "p2p"]}, "none"),
     "c2p only, no buckets": ({**V3, "position_buckets": -1, "pos_att_type": ["c2p"]}, "none"),
 }
 KINDS = {"none": "Model", "classify": "ForSequenceClassification", "mlm": "ForMaskedLM"}
