@@ -88,9 +88,11 @@ def config_of(reader: Any) -> LlamaConfig:
     arch = get("general.architecture", str)
     if arch not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"GGUF architecture {arch!r:.60} is not supported: llama, qwen2 and qwen3 are")
-    scaling = get(f"{arch}.rope.scaling.type", str, "none")
+    scaling = get(f"{arch}.rope.scaling.type", str, "linear")  # llama.cpp's default: a factor alone divides too
     if scaling not in ("none", "linear"):
         raise ValueError(f"GGUF rope scaling {scaling!r:.60} is not supported: linear is")
+    older = get(f"{arch}.rope.scale_linear", float, 1.0)
+    factor = float(get(f"{arch}.rope.scaling.factor", float, older)) if scaling == "linear" else 1.0
     names = {tensor.name for tensor in reader.tensors}
     if "rope_freqs.weight" in names:
         raise ValueError("rope_freqs.weight (Llama 3.1's long rope) is not read from GGUF: use the Hub's checkpoint")
@@ -110,9 +112,7 @@ def config_of(reader: Any) -> LlamaConfig:
             "max_position_embeddings": get(f"{arch}.context_length", int, None),
             "rms_norm_eps": float(get(f"{arch}.attention.layer_norm_rms_epsilon", float)),
             "rope_theta": float(get(f"{arch}.rope.freq_base", float, 10000.0)),
-            "rope_scaling": {"rope_type": "linear", "factor": float(get(f"{arch}.rope.scaling.factor", float))}
-            if scaling == "linear"
-            else None,
+            "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
             "tie_word_embeddings": "output.weight" not in names,
         },
         "the GGUF file",

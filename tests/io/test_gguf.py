@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 def write(path, kind, arch="llama", pre="smollm", more=(), **begin):
     """A small model whose matrices are of one quantisation; returns the raw arrays by GGUF name.
 
-    more: tensors besides. begin: methods of the writer for the begin token, each with its argument.
+    more: tensors besides. begin: methods of the writer, for the begin token or the rope, each with its argument.
     """
     quant = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, arch)
@@ -147,6 +147,29 @@ def test_tensors_that_the_model_lacks_are_refused(tmp_path):
         write(path, "F32", more=[name])
         with pytest.raises(ValueError, match=said):
             load(path, weights=False)
+
+
+@pytest.mark.parametrize(
+    "keys, factor",
+    [
+        ({"scaling.factor": 8.0}, 8.0),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scale_linear": 4.0, "scaling.factor": 8.0}, 8.0),
+        ({"scaling.type": "none", "scaling.factor": 8.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({}, None),
+    ],
+)
+def test_the_rope_is_scaled_where_llama_cpp_would(keys, factor, tmp_path, monkeypatch):
+    def add(writer, keys):
+        for name, value in keys.items():
+            put = writer.add_string if isinstance(value, str) else writer.add_float32
+            put(f"llama.rope.{name}", value)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope", add, raising=False)
+    write(tmp_path / "m.gguf", "F32", add_rope=keys)
+    scaling = load(str(tmp_path / "m.gguf"), weights=False).config.rope_scaling
+    assert scaling == (None if factor is None else (("factor", factor), ("rope_type", "linear")))
 
 
 def test_what_is_merged_from_it_says_its_length_and_rope_to_every_reader(tmp_path):
