@@ -221,6 +221,10 @@ def test_what_does_not_go_together(encoder, tmp_path, capsys):
     label = {"text": "good film", "label": 1}
     assert "every row has the label '1'" in said([label])
     assert "a decoder learns labels as answers: give prompt" in said([label, {**label, "label": 0}])
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text(json.dumps({**label, "label": -1}) + "\n")
+    more = ["--model", encoder, "--eval-data", str(unseen), "--steps", "1"]
+    assert "unseen.jsonl:1: key 'label' must be one of 0, 1, got -1" in said([label, {**label, "label": 0}], *more)
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert "needs loss: dpo or orpo" in said([pair])
     assert "mixes rows of kinds label, preference" in said([label, pair])

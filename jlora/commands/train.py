@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for name in config.metrics:
         text_metric(name)
     train_rows, test_rows = rows_to_use(config)
-    task = task_of(config, [*train_rows, *test_rows])
+    task = task_of(config, train_rows, test_rows)
     say(f"reading {config.model}")
     base = task.load()
     examples = task.examples(train_rows, base, config.data)

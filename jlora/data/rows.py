@@ -204,7 +204,7 @@ def _labelled(record: dict[str, Any], where: str) -> Row:
         second = "pair" if "pair" in record else None
     text, pair = _text(record, first, where), _text(record, second, where) if second else None
     label = record.get("label", record.get("score"))
-    if isinstance(label, bool) or not isinstance(label, str | int | float) or not _finite(label):
+    if isinstance(label, bool) or not isinstance(label, str | int | float) or not _said(label):
         raise DataError(f"{where}: key 'label' must be a class or a number, got {got(label)}")
     return Row(text=text, pair=pair, label=label, where=where)
 
@@ -217,8 +217,9 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     return whole(record[key], f"{where}: key {key!r}")
 
 
-def _finite(label: str | int | float) -> bool:
-    return isinstance(label, str) or math.isfinite(label)
+def _said(label: str | int | float) -> bool:
+    """Whether it is a class or a number: not a blank, as of a cell left empty, nor NaN."""
+    return bool(label.strip()) if isinstance(label, str) else math.isfinite(label)
 
 
 def _answer(record: dict[str, Any], key: str, where: str) -> str:
@@ -271,4 +272,5 @@ def _pip(name: str) -> list[Row]:
 def classes_of(rows: Sequence[Row]) -> list[str]:
     """The class names among the rows' labels, in order (numbers by value)."""
     found = {str(row.label) for row in rows}
-    return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+    number = lambda name: name.removeprefix("-").isdecimal()
+    return sorted(found, key=lambda name: (0, int(name), "") if number(name) else (1, 0, name))

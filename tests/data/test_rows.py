@@ -87,8 +87,9 @@ def test_what_a_record_is_is_told_by_its_keys():
     assert (rows["preference"].completion, rows["preference"].rejected) == ("a", "b")
     alpaca = parse_row({"instruction": "Add.", "input": "1 1", "output": "2"}, "x:1")
     assert alpaca.prompt == "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n" and alpaca.completion == "2"
-    with pytest.raises(DataError, match="x:1: key 'label' must be a class or a number, got nothing"):
-        parse_row({"text": "a", "label": None}, "x:1")
+    for label, said in ((None, "nothing"), ("", "str ''"), (" ", "str ''"), (float("nan"), "float 'nan'")):
+        with pytest.raises(DataError, match=f"x:1: key 'label' must be a class or a number, got {said}"):
+            parse_row({"text": "a", "label": label}, "x:1")
 
 
 def test_preferences_between_chats():
@@ -202,7 +203,8 @@ def test_tsv_quotes_are_text_and_parquet_gives_the_same(tmp_path):
     tsv, pq = read_rows(tmp_path / "a.tsv"), read_rows(tmp_path / "a.parquet")
     assert [r.text for r in tsv] == [r.text for r in pq] == ['a "quote', "b"]
     assert classes_of(tsv) == classes_of(pq) == ["0", "1"]
-    assert classes_of([parse_row({"text": "", "label": n}, "") for n in (10, 9, "b")]) == ["9", "10", "b"]
+    assert classes_of([parse_row({"text": "", "label": n}, "") for n in (10, 9, "b", -1)]) == ["-1", "9", "10", "b"]
+    assert classes_of([parse_row({"text": "", "label": n}, "") for n in ("²", "--1", 3)]) == ["3", "--1", "²"]
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:50])
     with pytest.raises(DataError, match=r"b.parquet: not Parquet, or cut short"):
         read_rows(tmp_path / "b.parquet")

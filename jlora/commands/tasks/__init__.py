@@ -16,9 +16,10 @@ from jlora.data import Row
 __all__ = ["Answers", "Labels", "Pairs", "task_of"]
 
 
-def task_of(config: TrainConfig, rows: Sequence[Row]) -> Answers:
-    """The task that the rows and `loss` ask for. Raises ValueError where they do not go together."""
-    kinds = {row.kind for row in rows}
+def task_of(config: TrainConfig, rows: Sequence[Row], tests: Sequence[Row] = ()) -> Answers:
+    """The task that the rows and `loss` ask for. tests: rows to evaluate on, of the same kind, which make no classes.
+    Raises ValueError where they do not go together."""
+    kinds = {row.kind for row in (*rows, *tests)}
     paired, judged = "preference" in kinds, "label" in kinds
     if (paired or judged) and len(kinds) > 1:
         raise ValueError(f"{config.data} mixes rows of kinds {', '.join(sorted(kinds))}: give each a file")
