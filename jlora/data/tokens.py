@@ -56,8 +56,9 @@ def examples_of(row: Row, tokenizer: Any, ends: Sequence[int] = ()) -> list[Exam
     elif row.messages:
         many = chat_pieces(row, tokenizer, ends)
     else:
-        answer = continued(tokenizer, row.prompt, row.completion) + _end(tokenizer)
-        many = [[(prompt_ids(tokenizer, row.prompt), False), (answer, True)]]
+        answer, end = continued(tokenizer, row.prompt, row.completion), _end(tokenizer)
+        closed = bool({*ends, *end} & {*answer[-1:]})
+        many = [[(prompt_ids(tokenizer, row.prompt), False), (answer if closed else answer + end, True)]]
     return [joined(pieces) for pieces in many]
 
 

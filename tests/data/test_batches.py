@@ -34,6 +34,14 @@ def test_the_answer_and_its_end_carry_the_loss():
     assert text_of(example.prompt) == "ab"
 
 
+@pytest.mark.parametrize("prompt", ["ab", ""])
+def test_an_answer_that_holds_its_end_gets_no_second_one(prompt):
+    for answer, learnt in (("cd$", "cd$"), ("cd!", "cd!"), ("c$d", "c$d$"), ("cd", "cd$")):
+        example = tokenise(Row(prompt, answer), CharTokenizer(), ends=(0, ord("!")))
+        assert text_of(example.tokens[example.loss_mask]) == learnt
+    assert text_of(tokenise(Row(prompt, "cd$"), CharTokenizer()).tokens[-3:]) == "cd$"
+
+
 def test_a_prompt_begins_as_in_training_and_a_chat_as_its_template_says():
     words = CharTokenizer()
     assert prompt_ids(words, "ab") == [97, 98] and prompt_ids(words, "") == [1]
