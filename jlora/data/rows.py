@@ -128,7 +128,7 @@ def adapt(record: Any, columns: Columns, where: str) -> Any:
                 if record[field] is None:
                     raise DataError(f"{where}: {name} template names {field!r}, which is empty in this row")
             try:
-                asked[name] = template.format(**record)
+                asked[name] = _filled(template, record)
             except (ValueError, TypeError) as error:
                 raise DataError(f"{where}: {name} template {template!r:.80}: {one_line(error)}") from None
     out = {key: value for key, value in record.items() if key not in moved} | asked
@@ -149,6 +149,15 @@ def _fields(template: str, name: str) -> list[str]:
         return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise DataError(f"{name} template {template!r:.80}: {one_line(error)}") from None
+
+
+def _filled(template: str, record: dict[str, Any]) -> str:
+    """The template with its columns, each by its whole name: `str.format` takes "2" and "user.name" for more."""
+    parts, convert = string.Formatter().parse(template), string.Formatter().convert_field
+    return "".join(
+        text if field is None else text + format(convert(record[field], how), spec or "")
+        for text, field, spec, how in parts
+    )
 
 
 def parse_row(record: Any, where: str, label: bool = False) -> Row:

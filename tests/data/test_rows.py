@@ -155,6 +155,18 @@ def test_templates_make_rows_of_other_columns(tmp_path):
         read_rows(path, columns=Columns(rename=("text=x",)))
 
 
+def test_a_template_names_columns_as_they_are(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("x\tgood film\n")
+    (row,) = read_rows(path, columns=Columns(prompt="{2} ->", completion=" {1}", header=False))
+    assert (row.prompt, row.completion) == ("good film ->", " x")
+    write(path := tmp_path / "a.jsonl", {"user.name": "good", "a[0]": "b", "": "c", "n": 1.25})
+    (row,) = read_rows(path, columns=Columns(prompt="{{{user.name}}} {a[0]}{}", completion="{n:.1f} {a[0]!r:>4}"))
+    assert (row.prompt, row.completion) == ("{good} bc", "1.2  'b'")
+    with pytest.raises(DataError, match=r"a.jsonl:1: prompt template '\{a\[0\]:d\}'"):
+        read_rows(path, columns=Columns(prompt="{a[0]:d}", completion="{n}"))
+
+
 MANY = {
     "chat": {"messages": [{"role": "assistant", "content": "x"}]},
     "preference": {"chosen": "a", "rejected": "b"},
