@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jlora.commands.settings import TrainConfig
-from jlora.commands.tasks import Answers, Labels
-from jlora.data import Example, Row, packing
+from jlora.commands.tasks import Answers, Labels, Pairs
+from jlora.data import DataError, Example, Row, packing
 from jlora.io import Pretrained
+from tests.small import tokenizer
 
 EXAMPLES = [Example(np.arange(5, dtype=np.int32), np.arange(5) > 2)] * 40
 
@@ -47,3 +48,19 @@ def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not():
     for name in ("z_loss", "label_smoothing"):
         with pytest.raises(ValueError, match=f"{name} is of classes, and the labels of d are numbers"):
             Labels(TrainConfig("m", "d", labels="numbers", **{name: 0.1}), rows)
+
+
+def test_what_a_cut_leaves_nothing_to_learn_in_is_left_out(capsys):
+    turns = lambda *said: tuple({"role": role, "content": text, "weight": n} for role, text, n in said)
+    short = turns(("user", "good", 1), ("assistant", "positive", 1))
+    long = (*short, *turns(("user", "film " * 30, 1), ("assistant", "fine", 0)))
+    base = SimpleNamespace(tokenizer=tokenizer(), ends=(), check=lambda length, token: None)
+    task, rows = Answers(TrainConfig("m", "d", max_length=16)), [Row(messages=short), Row(messages=long)]
+    (example,) = task.examples(rows, base, "d")
+    assert base.tokenizer.decode(example.tokens[example.loss_mask]) == "positive <|im_end|>"
+    assert "d: 1 of 2 examples are left out: the cut leaves nothing to learn in them" in capsys.readouterr().err
+    with pytest.raises(DataError, match="d: there is nothing to learn from its rows within max_length = 16"):
+        task.examples(rows[1:], base, "d")
+    pairs = [Row(messages=short, rejected_messages=other, given=1) for other in (short, long)]
+    (pair,) = Pairs(TrainConfig("m", "d", loss="orpo", max_length=16)).examples(pairs, base, "d")
+    assert [len(side.tokens) for side in pair] == [len(example.tokens)] * 2

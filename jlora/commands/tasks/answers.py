@@ -16,7 +16,8 @@ from jlora.commands.parts import batches_of, objective, optimiser_of
 from jlora.commands.settings import TrainConfig, say, scheme
 from jlora.commands.share import shared
 from jlora.commands.spread import Spread, spread_of
-from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
+from jlora.data import BatchSource, DataError, Example, Row, bucket_lengths, tokenise_rows
+from jlora.data.batches import label_count
 from jlora.data.template import template_for, write_template
 from jlora.io import Pretrained
 from jlora.methods.named import Sight
@@ -53,18 +54,29 @@ class Answers:
         return base.speaking(self.template)
 
     def examples(self, rows: list[Row], base: Pretrained, name: str) -> list[Any]:
-        """The rows as the model reads them; says how many were cut, which `cut` counts."""
+        """The rows as the model reads them, but those whose cut leaves nothing to learn; says how many were cut, which
+        `cut` counts, and left out. Raises DataError where none is left."""
+        most = self.config.max_length
         found, cut = shared(rows, lambda part: self.tokenised(part, base))
         if cut:
-            say(f"{name}: {cut} of {len(rows)} rows were cut to max_length = {self.config.max_length}")
+            say(f"{name}: {cut} of {len(rows)} rows were cut to max_length = {most}")
         self.cut += cut
-        flat = self.flat(found)
+        good = [example for example in found if self.teaches(example)]
+        if not good:
+            raise DataError(f"{name}: there is nothing to learn from its rows within max_length = {most}")
+        if lost := len(found) - len(good):
+            say(f"{name}: {lost} of {len(found)} examples are left out: the cut leaves nothing to learn in them")
+        flat = self.flat(good)
         base.check(max(len(e.tokens) for e in flat), max(int(e.tokens.max(initial=0)) for e in flat))
-        return found
+        return good
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         """(examples, how many were cut)."""
         return tokenise_rows(rows, base.tokenizer, self.config.max_length, base.ends)
+
+    def teaches(self, example: Any) -> bool:
+        """Whether there is anything to learn from it."""
+        return label_count(example) > 0
 
     def flat(self, examples: list[Any]) -> list[Example]:
         """The examples' token sequences one by one."""

@@ -66,6 +66,9 @@ class Labels(Answers):
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         return label_examples(rows, base.tokenizer, self.config.max_length, self.classes)
 
+    def teaches(self, example: Any) -> bool:
+        return True
+
     def training(self, examples: list[Any], steps: int) -> BatchSource:
         c, lengths = self.config, bucket_lengths(examples, self.config.buckets)
         if c.packing:

@@ -30,6 +30,9 @@ class Pairs(Answers):
             sides, cuts = [*sides, side], cuts + cut
         return list(zip(*sides, strict=True)), cuts
 
+    def teaches(self, example: Any) -> bool:
+        return all(map(super().teaches, example))
+
     def flat(self, examples: list[Any]) -> list[Example]:
         return [example for pair in examples for example in pair]
 
