@@ -42,7 +42,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for name in config.metrics:
         text_metric(name)
     train_rows, test_rows = rows_to_use(config)
-    task = task_of(config, train_rows, test_rows)
+    # a class may have no row but those held out of its own file
+    task = task_of(config, train_rows if config.eval_data else [*train_rows, *test_rows], test_rows)
     say(f"reading {config.model}")
     base = task.load()
     examples = task.examples(train_rows, base, config.data)

@@ -37,10 +37,9 @@ def read_classes(folder: str | Path) -> Classes:
 def checkpoint_classes(folder: Path) -> list[str]:
     """The names of the classes of a head of the Hub, in the order of its outputs, by config.json's id2label; or []."""
     file = folder / "config.json"
-    held = read_json(file).get("id2label") if file.is_file() else None
+    held: Any = read_json(file).get("id2label") if file.is_file() else None
     with contextlib.suppress(AttributeError, ValueError, TypeError):
-        by_number = {int(n): name for n, name in held.items()}
-        names = [by_number[n] for n in sorted(by_number)]
+        names = [name for _, name in sorted((int(n), name) for n, name in held.items())]
         return names if all(isinstance(name, str) for name in names) else []
     return []
 

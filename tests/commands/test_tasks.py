@@ -30,7 +30,7 @@ def test_only_a_prompt_is_answered():
     assert Answers(TrainConfig("m", "d")).asked(rows) == rows[1:2]
 
 
-def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not():
+def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not(tmp_path):
     logits, ones = jnp.asarray([[2.0, 0.8, -1.3]]), jnp.ones((1, 1))
     head = SimpleNamespace(apply=lambda variables, *_, **__: variables["params"]["head"])
     base = Pretrained(head, None, None, None, "m", [])
@@ -38,7 +38,7 @@ def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not():
     key, rows = jnp.zeros(2, jnp.uint32), [Row(text="t", label=n) for n in range(3)]
 
     def loss(**given):
-        task = Labels(TrainConfig("m", "d", **given), rows)
+        task = Labels(TrainConfig(str(tmp_path), "d", **given), rows)
         return float(task.objective(base)({"head": None}, {"head": logits}, batch, key).loss)
 
     log_z = float(jnp.log(jnp.sum(jnp.exp(logits))))
@@ -47,7 +47,7 @@ def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not():
     assert loss(label_smoothing=0.3) - loss() == pytest.approx(0.3 * (own - mean), rel=1e-5)
     for name in ("z_loss", "label_smoothing"):
         with pytest.raises(ValueError, match=f"{name} is of classes, and the labels of d are numbers"):
-            Labels(TrainConfig("m", "d", labels="numbers", **{name: 0.1}), rows)
+            Labels(TrainConfig(str(tmp_path), "d", labels="numbers", **{name: 0.1}), rows)
 
 
 def test_what_a_cut_leaves_nothing_to_learn_in_is_left_out(capsys):
