@@ -64,3 +64,29 @@ def test_what_a_cut_leaves_nothing_to_learn_in_is_left_out(capsys):
     pairs = [Row(messages=short, rejected_messages=other, given=1) for other in (short, long)]
     (pair,) = Pairs(TrainConfig("m", "d", loss="orpo", max_length=16)).examples(pairs, base, "d")
     assert [len(side.tokens) for side in pair] == [len(example.tokens)] * 2
+
+
+@pytest.mark.parametrize("bos", [None, 3])
+def test_both_sides_of_a_pair_are_cut_to_the_same_prompt(bos):
+    words = tokenizer()
+    words.bos_token = None if bos is None else words.decode([bos])
+    base = SimpleNamespace(tokenizer=words, ends=(), check=lambda length, token: None)
+    task = Pairs(TrainConfig("m", "d", loss="dpo", max_length=9))
+
+    def cut(prompt, *answers):
+        (pair,) = task.examples([Row(prompt, answers[0], rejected=answers[1])], base, "d")
+        return [tuple(words.decode(part) for part in (side.prompt, side.tokens[side.loss_mask])) for side in pair]
+
+    prompt, start = "Review : " + "film " * 20 + "good Sentiment :", "" if bos is None else "Review "
+    kept = start + " ".join([*["film"] * 20, "good", "Sentiment", ":"][-4 + bool(bos) :])
+    assert cut(prompt, "positive", "bad bad bad bad") == [
+        (kept, "positive <|im_end|>"),
+        (kept, "bad bad bad bad <|im_end|>"),
+    ]
+    assert task.cut == 1
+    # an answer that leaves no room: the other one is whole, after one token
+    first, second = cut(prompt, "bad " * 12, "positive")
+    assert first[0] == start.strip() and second == (start.strip() or ":", "positive <|im_end|>")
+    assert cut("Review : good", "positive", "negative") == [
+        ("Review : good", f"{answer} <|im_end|>") for answer in ("positive", "negative")
+    ]

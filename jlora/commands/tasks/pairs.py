@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from jlora.commands.parts import method_of
 from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks.answers import Answers
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
+from jlora.data.tokens import shortened
 from jlora.inits import CHANGES_BASE
 from jlora.io import Pretrained
 from jlora.methods.named import lora_config
@@ -24,11 +26,12 @@ class Pairs(Answers):
             raise ValueError(f"dpo's reference is the base, and {init} changes it: use init kaiming, or loss orpo")
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
-        sides, cuts = [], 0
-        for alone in zip(*(row.sides for row in rows), strict=True):
-            side, cut = tokenise_rows(alone, base.tokenizer, self.config.max_length, base.ends, single=True)
-            sides, cuts = [*sides, side], cuts + cut
-        return list(zip(*sides, strict=True)), cuts
+        each = [side for row in rows for side in row.sides]
+        sides, _ = tokenise_rows(each, base.tokenizer, sys.maxsize, base.ends, single=True)
+        most, bos = self.config.max_length, getattr(base.tokenizer, "bos_token_id", None)
+        pairs = list(zip(sides[::2], sides[1::2], strict=True))
+        cut = sum(max(len(side.tokens) for side in pair) > most for pair in pairs)
+        return [cut_alike(pair, most, bos) for pair in pairs], cut
 
     def teaches(self, example: Any) -> bool:
         return all(map(super().teaches, example))
@@ -55,3 +58,14 @@ class Pairs(Answers):
 
     def named(self, means: dict[str, float]) -> dict[str, float]:
         return {"loss": means["loss"], "accuracy": means["exact"], "examples": means["examples"]}
+
+
+def cut_alike(pair: tuple[Example, Example], most: int, bos: int | None) -> tuple[Example, Example]:
+    """Both sides `shortened` to at most so many tokens, each by what the longer one has to lose, so that both answers
+    come after the same prompt; where all of it would go, an answer that fits keeps one token of it."""
+    over = max(len(side.tokens) for side in pair) - most
+
+    def cut(side: Example) -> Example:
+        return shortened(side, min(most, len(side.tokens) - min(over, len(side.prompt) - 1)), bos)
+
+    return (cut(pair[0]), cut(pair[1])) if over > 0 else pair
