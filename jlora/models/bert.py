@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models.causal import layer_input, stacked, through
+from jlora.models.causal import layer_input, refuse_others, stacked, through
 from jlora.models.heads import Classifier, MaskedLM, Pooler, check_head, head_tensors
 from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
@@ -57,9 +57,7 @@ class BertConfig:
     def from_hf(cls, hub: Mapping[str, Any]) -> BertConfig:
         """From a `config.json`. Raises ValueError for a field whose value changes results and is not supported."""
         only = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
-        for name, value in only.items():
-            if hub.get(name) not in (None, value):
-                raise ValueError(f"{name} {hub[name]!r} is not supported: {value!r} is")
+        refuse_others(hub, only, str(hub.get("model_type", "bert")))
         check_activations(hub, "hidden_act")
         held: dict[str, Any] = {f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None}
         held["num_labels"] = len(hub["id2label"]) if hub.get("id2label") else hub.get("num_labels", 2)

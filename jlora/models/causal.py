@@ -25,10 +25,18 @@ def layer_input(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, INPUT)
 
 
+def refuse_others(hub: Mapping[str, Any], only: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a field of a `config.json` that is not what `only` says; null stands for False and None
+    alone."""
+    for name, value in only.items():
+        given = hub.get(name, value)
+        if given != value and (given is not None or value):
+            raise ValueError(f"{name} {given!r} is not supported in {where}: {value!r} is")
+
+
 def check_causal(hub: Mapping[str, Any]) -> None:
     """Raises ValueError for a `config.json` that makes its decoder see what follows (transformers from 5.2 on)."""
-    if not hub.get("is_causal", True):
-        raise ValueError(f"is_causal {hub['is_causal']!r} is not supported in a decoder: True is")
+    refuse_others(hub, {"is_causal": True}, "a decoder")
 
 
 def causal_inputs(

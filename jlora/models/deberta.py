@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.bert import ACTIVATIONS, AddNorm, Intermediate, check_activations
-from jlora.models.causal import layer_input, stacked, through
+from jlora.models.causal import layer_input, refuse_others, stacked, through
 from jlora.models.heads import Classifier, MaskedLM, Pooler, check_head, head_tensors
 from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
@@ -53,10 +53,7 @@ class DebertaConfig:
     @classmethod
     def from_hf(cls, hub: Mapping[str, Any]) -> DebertaConfig:
         """From a `config.json`. Raises ValueError for a field whose value changes results and is not supported."""
-        only = {"relative_attention": True, "talking_head": False, "legacy": True}
-        for name, value in only.items():
-            if hub.get(name, value) != value:
-                raise ValueError(f"{name} {hub[name]!r} is not supported in deberta-v2: {value!r} is")
+        refuse_others(hub, {"relative_attention": True, "talking_head": False, "legacy": True}, "deberta-v2")
         size = hub.get("attention_head_size")
         if size is not None and size != hub["hidden_size"] // hub["num_attention_heads"]:
             raise ValueError(f"attention_head_size {size!r} is not supported: hidden_size / num_attention_heads is")

@@ -23,6 +23,7 @@ from jlora.models.causal import (
     check_causal,
     empty_cache,
     layer_input,
+    refuse_others,
     stacked,
     through,
     tied_head,
@@ -65,9 +66,7 @@ class GemmaConfig:
             "use_bidirectional_attention": False,
             "tie_word_embeddings": True,
         }
-        for name, value in only.items():
-            if hub.get(name, value) not in (value, None):
-                raise ValueError(f"{name} {hub[name]!r} is not supported in gemma3: {value!r} is")
+        refuse_others(hub, only, "gemma3")
         check_causal(hub)
         count = hub["num_hidden_layers"]
         every = hub.get("sliding_window_pattern") or hub.get("_sliding_window_pattern") or 6

@@ -21,6 +21,7 @@ from jlora.models.causal import (
     check_causal,
     empty_cache,
     layer_input,
+    refuse_others,
     stacked,
     through,
     tied_head,
@@ -54,9 +55,7 @@ class GPT2Config:
             "add_cross_attention": False,
             "tie_word_embeddings": True,
         }
-        for name, value in only.items():
-            if hub.get(name, value) != value:
-                raise ValueError(f"{name} {hub[name]!r} is not supported in gpt2: {value!r} is")
+        refuse_others(hub, only, "gpt2")
         check_causal(hub)
         return cls(**{f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None})
 

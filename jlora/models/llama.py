@@ -23,6 +23,7 @@ from jlora.models.causal import (
     check_causal,
     empty_cache,
     layer_input,
+    refuse_others,
     stacked,
     through,
     tied_head,
@@ -62,10 +63,7 @@ class LlamaConfig:
         kind = hub["model_type"]
         if kind not in ("llama", "mistral", "qwen2", "qwen3"):
             raise ValueError(f"model_type {kind!r} is no member of the Llama family")
-        if hub.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {hub['hidden_act']!r} is not supported in {kind}: silu is")
-        if hub.get("pretraining_tp", 1) != 1:
-            raise ValueError(f"pretraining_tp {hub['pretraining_tp']} is not supported: 1 is")
+        refuse_others(hub, {"hidden_act": "silu", "pretraining_tp": 1}, kind)
         check_causal(hub)
         theta, scaling = rope_of(hub)
         heads = hub["num_attention_heads"]

@@ -99,3 +99,20 @@ def test_a_decoder_that_sees_what_follows_is_refused(name):
     for wrong in (False, None):  # transformers takes null for no
         with pytest.raises(ValueError, match=f"is_causal {wrong} is not supported in a decoder: True is"):
             type(config).from_hf({**hub, "is_causal": wrong})
+
+
+@pytest.mark.parametrize(
+    "name, no, yes",
+    [
+        ("bert", "is_decoder", "position_embedding_type"),
+        ("deberta", "talking_head", "legacy"),
+        ("gemma", "attn_logit_softcapping", "tie_word_embeddings"),
+        ("gpt2", "add_cross_attention", "scale_attn_weights"),
+    ],
+)
+def test_null_in_a_config_is_no_and_nothing_else(name, no, yes):
+    config = MODELS[name][1]
+    hub = dataclasses.asdict(config)
+    assert type(config).from_hf({**hub, no: None}) == type(config).from_hf(hub)
+    with pytest.raises(ValueError, match=f"{yes} None is not supported in"):
+        type(config).from_hf({**hub, yes: None})
