@@ -56,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
     as_json, rest = "--json" in rest, [word for word in rest if word != "--json"]
     try:
         config = parse(getattr(loaded, settings), rest, f"jlora {name}")
+        if as_json and hasattr(config, "json"):
+            config = dataclasses.replace(config, json=True)
     except (ValueError, OSError) as error:
         print(f"jlora {name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 import types
 
 import jax
@@ -13,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 import jlora
 from jlora.beam import beam_search
+from jlora.cli import main
 from jlora.commands import generate as commands
 from jlora.data import Row, tokenise
 from jlora.generate import GenerateConfig, generate, generate_text, pad_left, run, start, stream
@@ -193,6 +196,36 @@ def test_every_way_to_write_begins_a_prompt_as_training_does(monkeypatch):
     commands.generate_command(dataclasses.replace(command, raw=False, prompts=("good film",) * 2))
     said = {"messages": [{"role": "user", "content": "good film"}]}
     assert asked == [chat] * 3 and prompt_tokens(said, words, True, 15) == chat
+
+
+def test_the_command_s_json_input_and_refusals(monkeypatch, capsys):
+    asked = []
+    base = types.SimpleNamespace(tokenizer=tokenizer(), model=None, source="m", ends=())
+    monkeypatch.setattr(commands, "prompt_ids", lambda tokenizer, text: asked.append(text))
+    monkeypatch.setattr(commands, "generate_text", lambda *_, **__: ["good"])
+    monkeypatch.setattr(commands, "stream", lambda *_, **__: iter(["good"]))
+    monkeypatch.setattr(commands, "ready", lambda config: (base, None))
+    words = ["generate", "--model", "m", "--raw"]
+    for given, text in ((["--json"], '{"answers": ["good"]}\n'), ([], "good\n")):
+        main([*words, *given, "good film"])
+        assert capsys.readouterr().out == text
+    monkeypatch.setattr("sys.stdin", io.StringIO("good\n\n"))
+    main([*words, "--json"])
+    assert asked == ["good film", "good film", "good\n"]
+    refused = {
+        "raw takes none": ["--system", "be good"],
+        "seed = .* out of any range": ["--seed", "9" * 20],
+        "length_penalty = nan": ["--length-penalty", "nan", "--beams", "2"],
+        "stop = '': it ends every answer": ["--stop", "", "--"],
+        "prompt 1 holds half a character": ["\udcff film"],
+    }
+    for sentence, given in refused.items():
+        with pytest.raises(SystemExit, match="1"):
+            main([*words, *given, "good"])
+        assert re.search(sentence, capsys.readouterr().err)
+    base.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="system is a message of a chat template, and m has none"):
+        commands.generate_command(commands.GenerateCommand("m", prompts=("good",), system="be good"))
 
 
 @pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"beams": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}])

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import tyro
 
 import jlora
-from jlora.commands.settings import say, scheme
+from jlora.commands.settings import in_range, say, scheme
+from jlora.data.chats import whole
 from jlora.data.template import render, template_for
 from jlora.data.tokens import prompt_ids, text_ids
 from jlora.generate import GenerateConfig, generate_text, stream, writes
@@ -50,10 +51,10 @@ class Writing:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateCommand(Writing):
-    """Write an answer to each prompt; a single one streams."""
+    """Write an answer to each prompt; a single one streams, but not under --json."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Prompts; without any, standard input is one."""
+    """Prompts; without any, standard input is one, less the newline at its end."""
     beams: int = 1
     """More than 1: beam search, whose answer comes whole."""
     length_penalty: float = 1.0
@@ -61,6 +62,8 @@ class GenerateCommand(Writing):
     raw: bool = False
     """Go on from the prompt's text as it is, as after training on prompts and completions, not by the chat template; so
     it is where the model has none."""
+    json: tyro.conf.Suppress[bool] = False
+    """Set by the command line's --json: an answer comes whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,11 @@ class ChatCommand(Writing):
 
 
 def settings(config: Writing) -> GenerateConfig:
-    """The generation settings among a command's."""
+    """The generation settings among a command's. Raises ValueError for a setting that no answer can come of."""
+    in_range(config)
+    if "" in config.stop:
+        raise ValueError("stop = '': it ends every answer before it begins, leave it out")
+    whole(config.system or "", "system")
     names = {field.name for field in dataclasses.fields(GenerateConfig)}
     return GenerateConfig(**{name: value for name, value in vars(config).items() if name in names})
 
@@ -103,17 +110,22 @@ def opening(config: Writing) -> list[dict[str, str]]:
 
 
 def generate_command(config: GenerateCommand) -> dict[str, Any] | None:
-    """{answers} for several prompts; a single prompt's text goes to stdout as it comes, and None is returned."""
+    """{answers}; without `json` a single prompt's text goes to stdout as it comes, and None is returned."""
     how = settings(config)
-    prompts = config.prompts or (sys.stdin.read(),)
+    prompts = config.prompts or (sys.stdin.read().removesuffix("\n"),)
+    for n, text in enumerate(prompts, 1):
+        whole(text, f"prompt {n}")
     base, params = ready(config)
     how = dataclasses.replace(how, end=base.ends)
     if config.raw or not base.tokenizer.chat_template:
+        if config.system is not None:
+            lacking = "raw takes none" if config.raw else f"{base.source} has none"
+            raise ValueError(f"system is a message of a chat template, and {lacking}: leave it out")
         rows = [prompt_ids(base.tokenizer, text) for text in prompts]
     else:
         rows = [rendered(base, [*opening(config), {"role": "user", "content": text}]) for text in prompts]
     key = jax.random.key(config.seed)
-    if len(rows) == 1 and how.beams == 1:
+    if len(rows) == 1 and how.beams == 1 and not config.json:
         write(base, params, rows[0], how, config, key)
         return None
     answers = generate_text(base.model, params, base.tokenizer, rows, how, stop=config.stop, key=key)
