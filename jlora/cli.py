@@ -61,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"jlora {name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    import jax
+
     from jlora.compiled import keep_compiled
 
     keep_compiled()
@@ -69,6 +71,11 @@ def main(args: Sequence[str] | None = None) -> None:
             result = getattr(loaded, function)(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"jlora {name}: {sentence(error, name)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        print(f"jlora {name}: out of memory{less(config)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -115,6 +122,14 @@ def sentence(error: BaseException, name: str = "") -> str:
     helps[errno.ENOSPC] = f" (free some space{goes_on})"
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror}{helps.get(error.errno or 0, '')}"
+
+
+def less(config: Any) -> str:
+    """What among a command's settings would take less memory."""
+    if hasattr(config, "remat"):
+        return ": lower --batch (and raise --accumulate) or --max-length, or --remat full"
+    flags = [flag for name, flag in (("batch", "--batch"), ("max_length", "--max-length")) if hasattr(config, name)]
+    return f": lower {' or '.join(flags)}" if flags else ""
 
 
 def parse(cls: Any, args: Sequence[str], prog: str) -> Any:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -313,3 +314,30 @@ def test_a_full_disk_names_resume_where_a_run_goes_on():
     full = OSError(errno.ENOSPC, "No space left on device", "out")
     assert sentence(full, "merge") == "out: No space left on device (free some space)"
     assert "goes on with --resume" in sentence(full, "train")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_out_of_memory_is_a_sentence(error, capsys, monkeypatch):
+    def full(config):
+        raise error
+
+    for command, function, help in (
+        ("train", "train.train", ": lower --batch (and raise --accumulate) or --max-length, or --remat full"),
+        ("eval", "evaluate.evaluate_command", ": lower --batch or --max-length"),
+        ("merge", "merge.merge_command", ""),
+    ):
+        monkeypatch.setattr(f"jlora.commands.{function}", full)
+        more = ["--adapter", "a", "--output", "o"] if command == "merge" else ["--data", "d"]
+        said = f"jlora {command}: out of memory{help}\n"
+        assert run(capsys, command, "--model", "m", *more) == (1, "", said)
+
+
+def test_other_failures_of_jax_are_not_called_out_of_memory(monkeypatch):
+    def broken(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
+
+    monkeypatch.setattr("jlora.commands.merge.merge_command", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        main(["merge", "--model", "m", "--adapter", "a", "--output", "o"])
