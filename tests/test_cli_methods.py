@@ -14,9 +14,10 @@ import yaml
 from jlora.cli import main
 from jlora.commands.parts import going_on, method_of, optimiser_of
 from jlora.commands.settings import TrainConfig
-from jlora.io import load
+from jlora.io import Pretrained, load
 from jlora.io.adapters import save_adapter
 from jlora.methods import named
+from jlora.models.llama import Llama, LlamaConfig, hf_tensors
 from tests.small import rows, small_model
 
 # one of each kind of plumbing; tests/methods/test_named.py makes, saves and reads every name
@@ -77,7 +78,41 @@ def test_training_goes_on_under_the_adapter_s_own_dropout(method, place, tmp_pat
         going_on(dataclasses.replace(config, dropout=0.1))
     args = ["--adapter", str(tmp_path / "x"), "--output", str(tmp_path / "run"), "--steps", "1", "--buckets", "1"]
     main(["train", "--model", place["model"], "--data", place["data"], *args])
-    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["dropout"] == 0.25
+    written = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    assert (written["method"], written["rank"], written["dropout"]) == (method, 2, 0.25)
+
+
+OWN = {
+    "lora": {"targets": ("v_proj", "q_proj")},
+    "dora": {"targets": ("q_proj",)},
+    "rslora": {"targets": ("q_proj",), "rslora": True},
+    "lora+bitfit": {"targets": ("q_proj",)},
+    "lora-plus+houlsby": {"width": 2},
+    "ia3": {},
+}
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_training_goes_on_with_the_adapter_s_own_method(method, tmp_path):
+    sizes = LlamaConfig(15, 32, 48, 2, 4, 2, 8, qkv_bias=True)
+    model, how = Llama(sizes), {} if method == "ia3" else {"rank": 2, "alpha": 3.0, **OWN[method]}
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    base = Pretrained(model, params, sizes, None, "small", hf_tensors(sizes))
+    settings, folder = named.MethodConfig(method, **how), str(tmp_path / "x")
+    save_adapter(folder, base, named.make(base.params, settings, layouts=base.layouts)[1], settings)
+    config = TrainConfig("m", "d", adapter=folder)
+    own = going_on(config)
+    plain = method.replace("lora-plus", "lora")
+    assert set(own.targets) == set(settings.targets)
+    assert method_of(own) == dataclasses.replace(settings, method=plain, targets=own.targets)
+    assert going_on(own) == own == going_on(dataclasses.replace(config, method=method if plain == method else "lora"))
+    faster = going_on(dataclasses.replace(config, method="lora-plus"))
+    assert going_on(faster) == faster and "lora-plus" in named.names_of(faster.method)
+    assert dataclasses.replace(faster, method=plain) == own
+    others = {"rank": 64, "alpha": 1.0, "targets": ("up_proj",), "method": "pissa", "init": "gaussian", "width": 5}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=rf"{name} = .*, and that of .*x is .*: leave it out"):
+            going_on(dataclasses.replace(config, **{name: value}))
 
 
 def test_export_converts_or_says_why_not(place, tmp_path, capsys):

@@ -17,7 +17,7 @@ from jlora.data import BatchSource, Columns, Example, PackedSource, Row, bucket_
 from jlora.generate import GenerateConfig, generate_text
 from jlora.inits import CHANGES_BASE
 from jlora.io import Pretrained
-from jlora.io.adapters import About, about, load_adapter, save_adapter
+from jlora.io.adapters import About, about, load_adapter, method_in, save_adapter
 from jlora.lora import on_plain_base
 from jlora.methods import adalora, named
 from jlora.methods.lora_plus import lora_plus
@@ -53,14 +53,26 @@ def method_of(config: TrainConfig) -> named.MethodConfig:
 
 
 def going_on(config: C) -> C:
-    """The settings, with the dropout of the adapter to go on from. Raises ValueError where another one is given."""
+    """The settings, the method's being those of the adapter to go on from, if there is one. Raises ValueError where
+    others are given; lora-plus, which is the optimiser's, may be.
+    """
     if not config.adapter:
         return config
-    what = about(config.adapter)
-    own = what.dropout if isinstance(what, named.MethodConfig) else what.lora_dropout
-    if config.dropout not in (0, own):
-        raise ValueError(f"dropout = {config.dropout}, and that of {config.adapter} is {own}: leave it out")
-    return dataclasses.replace(config, dropout=own)
+    own, default = method_in(config.adapter), named.MethodConfig()
+    own = dataclasses.replace(own, method=own.method.replace("lora-plus", "lora"))
+    if "lora-plus" in named.names_of(config.method):
+        rest = [name for name in named.names_of(own.method) if name != "lora"]
+        own = dataclasses.replace(own, method="+".join(["lora-plus", *rest]))
+        default = dataclasses.replace(default, method="lora-plus")
+    kinds = {"method": lambda names: set(named.names_of(names)), "targets": set, "exclude": set}
+    wrong = []
+    for name, value in vars(own).items():
+        given, form = getattr(config, name), kinds.get(name, lambda value: value)
+        if form(given) not in (form(getattr(default, name)), form(value)):
+            wrong.append(f"{name} = {given}, and that of {config.adapter} is {value}")
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}: leave it out")
+    return dataclasses.replace(config, **vars(own))
 
 
 def made_by(

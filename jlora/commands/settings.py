@@ -70,8 +70,8 @@ class TrainConfig(MethodConfig, Source):
     packing: bool = False
     """Put several examples into a row of max_length tokens; none sees another."""
     adapter: str | None = None
-    """Go on from this adapter (its folder); the method and its settings are then its own, the dropout too. lora-plus,
-    which is the optimiser's, may be given."""
+    """Go on from this adapter (its folder); the method and its settings are then its own, the dropout too: others are
+    refused. lora-plus, which is the optimiser's, may be given."""
     ratio: float = 16.0
     """lora-plus: the learning rate of B over that of A."""
     learning_rate: float = 2e-4

@@ -50,6 +50,24 @@ def about(folder: str | Path) -> About:
     return MethodConfig(**settings)
 
 
+def method_in(folder: str | Path) -> MethodConfig:
+    """The adapter of `folder` as a method's settings, as far as its files tell them. Raises what `about` does."""
+    what = about(folder)
+    if isinstance(what, MethodConfig):
+        return what
+    method = "dora" if adapter_json(folder).get("use_dora") else "rslora" if what.use_rslora else "lora"
+    several = lambda names: (names,) if isinstance(names, str) else tuple(names)
+    return MethodConfig(
+        method=method if what.bias == "none" else f"{method}+bitfit",
+        rank=what.r,
+        alpha=what.lora_alpha,
+        targets=several(what.target_modules),
+        exclude=several(what.exclude_modules),
+        dropout=what.lora_dropout,
+        rslora=what.use_rslora,
+    )
+
+
 def load_adapter(base: Pretrained, folder: str | Path) -> tuple[Any, Any, Any]:
     """(frozen, trained, what it is): the adapter of `folder`, by whatever method, on `base`.
 
