@@ -86,8 +86,9 @@ def collate(
 class BatchSource:
     """Batches by step: `source[step]`, a pure function of (seed, step), for grain's random-access `MapDataset`.
 
-    Examples of one bucket make a batch, so the step compiles once a bucket. `accumulate` > 1 stacks that many
-    batches on a leading axis: [accumulate, ...]. `steps` None: one pass in the given order (evaluation), unshuffled.
+    Examples of one bucket make a batch, so the step compiles once a bucket; those that are left of one join the next
+    longer, so that one step an epoch is not full. `accumulate` > 1 stacks that many batches on a leading axis:
+    [accumulate, ...]. `steps` None: one pass in the given order (evaluation), unshuffled.
     `own`: rows of a batch whose tokens are filled; the order and the labels stay everybody's.
     """
 
@@ -110,13 +111,17 @@ class BatchSource:
         sizes = np.array([len(example.tokens) for example in examples])
         if sizes.max() > self.lengths[-1]:
             raise ValueError(f"an example of {sizes.max()} tokens is longer than the longest bucket {self.lengths[-1]}")
-        bucket = np.searchsorted(self.lengths, sizes)
-        self.members = [np.flatnonzero(bucket == n) for n in range(len(self.lengths))]
-        counts = np.array([label_count(example) for example in examples])
-        self.labels = [batch * int(counts[m].max(initial=0)) for m in self.members]
+        self.bucket = np.searchsorted(self.lengths, sizes)
+        self.members = [np.flatnonzero(self.bucket == n) for n in range(len(self.lengths))]
+        self.labels = self.room([label_count(example) for example in examples])
         self.rows = batch * accumulate
-        self.per_epoch = sum(-(-len(m) // self.rows) for m in self.members)
+        self.per_epoch = -(-len(examples) // self.rows)
         self._epoch: tuple[int, list[tuple[int, np.ndarray]]] | None = None
+
+    def room(self, counts: Sequence[int]) -> list[int]:
+        """Labels that each bucket's batches may hold, of examples with so many: some of them are of shorter buckets."""
+        most = [np.asarray(counts)[members].max(initial=0) for members in self.members]
+        return [self.batch * int(n) for n in np.maximum.accumulate(most)]
 
     def __len__(self) -> int:
         return self.per_epoch if self.steps is None else self.steps
@@ -136,7 +141,7 @@ class BatchSource:
     @property
     def shapes(self) -> int:
         """How many shapes of batches there are, so how often a step is compiled."""
-        return sum(len(members) > 0 for members in self.members)
+        return len({bucket for bucket, _ in self.plan(0)})
 
     def longest(self) -> Batch:
         """A batch of the longest shape."""
@@ -149,12 +154,12 @@ class BatchSource:
         if held is not None and held[0] == epoch:
             return held[1]
         rng = np.random.default_rng([self.seed, epoch])
-        plan = []
-        for bucket, members in enumerate(self.members):
-            order = members if self.steps is None else rng.permutation(members)
-            plan += [(bucket, order[n : n + self.rows]) for n in range(0, len(order), self.rows)]
+        mixed = self.members if self.steps is None else [rng.permutation(members) for members in self.members]
+        order = np.concatenate(mixed)
+        steps = [order[n : n + self.rows] for n in range(0, len(order), self.rows)]
         if self.steps is not None:
-            plan = [plan[n] for n in rng.permutation(len(plan))]
+            steps = [steps[n] for n in rng.permutation(len(steps))]
+        plan = [(int(self.bucket[chosen[-1]]), chosen) for chosen in steps]
         self._epoch = (epoch, plan)
         return plan
 

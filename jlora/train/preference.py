@@ -80,9 +80,9 @@ class PairSource(BatchSource):
     def __init__(self, pairs: Sequence[tuple[Example, Example]], batch: int, lengths: Sequence[int], **options: Any):
         super().__init__([max(pair, key=lambda e: len(e.tokens)) for pair in pairs], batch, lengths, **options)
         self.pairs = pairs
-        counts = np.array([label_count(chosen) + label_count(rejected) for chosen, rejected in pairs])
+        counts = [label_count(chosen) + label_count(rejected) for chosen, rejected in pairs]
         # the sums by example have as many entries as there are labels: at least one a row
-        self.labels = [max(batch * int(counts[m].max(initial=0)), 2 * batch) for m in self.members]
+        self.labels = [max(room, 2 * batch) for room in self.room(counts)]
 
     def collated(self, chosen: np.ndarray, bucket: int) -> Batch:
         rows = [example for i in chosen for example in self.pairs[i]]

@@ -284,3 +284,18 @@ def test_accumulation_stacks_the_same_examples():
     one = BatchSource(examples, 8, [8], seed=1, steps=2)[1]
     two = BatchSource(examples, 4, [8], seed=1, steps=2, accumulate=2)[1]
     np.testing.assert_array_equal(one["tokens"], two["tokens"].reshape(8, 8))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_one_step_an_epoch_is_not_full_whatever_the_buckets(accumulate):
+    sizes = np.random.default_rng(0).integers(3, 60, 101)
+    # short ones have more labels than long ones
+    examples = [Example(np.arange(n, dtype=np.int32), np.arange(n) >= (n > 15) * (n - 2)) for n in sizes]
+    source = BatchSource(examples, 4, bucket_lengths(examples), steps=1000, accumulate=accumulate)
+    every = [source[n] for n in range(source.per_epoch)]
+    rows = 4 * accumulate
+    full = sorted(int(batch["mask"].any(axis=-1).sum()) for batch in every)
+    assert full == [101 % rows] + [rows] * (101 // rows)
+    assert source.shapes == len({batch["tokens"].shape for batch in every}) > 1
+    assert sum(int(batch["mask"].sum()) for batch in every) == sizes.sum()
+    assert sum(batch["weights"].sum() for batch in every) == sum(e.loss_mask[1:].sum() for e in examples)
