@@ -31,9 +31,10 @@ CPU cores with two small models, MiniLM (22M parameters, in RoBERTa's place) and
 steps, and the seeds that each table states. No rate is chosen on the rows that count: those of glue, few,
 combined, e2e and dimension are searched on rows held out of train (WebNLG and DART take E2E's), those of which,
 why, shots, quantised, forgetting, preference, domains and methods.py are one guess each. GLUE's steps were raised
-once with those rows in sight, as is said there. It shows that the methods do what they should and whether the
-paper's findings hold at this size; the paper's own figures need its models, whose recipes are in
-`experiments/recipes.py`."""
+once with those rows in sight, as is said there. Cells were run while the library grew, and run anew they differ
+as another seed would: its batches of several padded lengths are cut otherwise since. All of it shows that the
+methods do what they should and whether the paper's findings hold at this size; the paper's own figures need its
+models, whose recipes are in `experiments/recipes.py`."""
 COMMANDS = """    pip install -e ".[demo,eval]" nltk pycocoevalcap      # and Java, for METEOR
     python -m experiments.all --budget 8h       # goes on from experiments/results, cell by cell
     python -m experiments.all --small --output build/small
