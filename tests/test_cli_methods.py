@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 import yaml
 
+import jlora
+from jlora.bank import AdapterBank, Shelf
 from jlora.cli import main
 from jlora.commands.parts import going_on, method_of, optimiser_of
 from jlora.commands.settings import TrainConfig
 from jlora.io import Pretrained, load
-from jlora.io.adapters import save_adapter
-from jlora.methods import named
-from jlora.models.llama import Llama, LlamaConfig, hf_tensors
-from tests.small import rows, small_model
+from jlora.io.adapters import load_adapter, save_adapter
+from jlora.io.save import save
+from jlora.methods import bitfit, named
+from jlora.models import gpt2, llama
+from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models.llama import Llama, LlamaConfig
+from tests.small import WORDS, rows, small_model, tokenizer
 
 # one of each kind of plumbing; tests/methods/test_named.py makes, saves and reads every name
 METHODS = ["pissa", "full", "lora+p-tuning", "ia3+houlsby", "eva", "adalora+norms"]
@@ -97,7 +102,7 @@ def test_training_goes_on_with_the_adapter_s_own_method(method, tmp_path):
     sizes = LlamaConfig(15, 32, 48, 2, 4, 2, 8, qkv_bias=True)
     model, how = Llama(sizes), {} if method == "ia3" else {"rank": 2, "alpha": 3.0, **OWN[method]}
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    base = Pretrained(model, params, sizes, None, "small", hf_tensors(sizes))
+    base = Pretrained(model, params, sizes, None, "small", llama.hf_tensors(sizes))
     settings, folder = named.MethodConfig(method, **how), str(tmp_path / "x")
     save_adapter(folder, base, named.make(base.params, settings, layouts=base.layouts)[1], settings)
     config = TrainConfig("m", "d", adapter=folder)
@@ -130,3 +135,72 @@ def test_export_converts_or_says_why_not(place, tmp_path, capsys):
         main([*args, str(tmp_path / f"{method} out")])
         held = json.loads((tmp_path / f"{method} out" / "adapter_config.json").read_text())
         assert held["peft_type"] == kind and held["num_virtual_tokens"] == 3
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=32, n_embd=24, n_layer=2, n_head=4)
+    params = GPT2(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    base = Pretrained(GPT2(config), params, config, tokenizer(), "small", gpt2.hf_tensors(config))
+    save(folder / "model", base, params)
+    return {"model": str(folder / "model"), "data": rows(folder, 24)}
+
+
+def c_attn(base, adapter=None):
+    frozen, lora = (base.params, None) if adapter is None else load_adapter(base, adapter)[:2]
+    merged = base.params if lora is None else jlora.merge(frozen, lora)
+    return np.split(np.asarray(merged["h"]["attn"]["c_attn"]["kernel"]), 3, axis=-1)
+
+
+def test_query_and_value_of_a_fused_weight(gpt2, tmp_path, capsys):
+    """`--parts x-x`: the keys stay as they were through training, going on, merging, in PEFT's folder and a server."""
+    parts = ["--targets", "c_attn", "--parts", "x-x", "--rank", "3", "--alpha", "6"]
+    args = ["train", "--json", "--model", gpt2["model"], "--data", gpt2["data"], "--eval-data", gpt2["data"]]
+    args += ["--steps", "6", "--batch", "24", "--buckets", "1", "--learning-rate", "0.02", "--samples", "0"]
+    report = result(capsys, *args, *parts, "--output", str(tmp_path / "run"))
+    assert report["after"]["loss"] < report["before"]["loss"] - 0.05
+    told = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
+    held = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert told["parts"] == held["settings"]["parts"] == "x-x" and held["peft_type"] == "JLORA"
+
+    result(capsys, *args, "--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "more"))
+    base, adapter = load(gpt2["model"]), ["--model", gpt2["model"], "--adapter", str(tmp_path / "more/adapter")]
+    before, after = c_attn(base), c_attn(base, tmp_path / "more/adapter")
+    np.testing.assert_array_equal(after[1], before[1])
+    assert all(np.abs(after[n] - before[n]).max() > 1e-3 for n in (0, 2))
+
+    main(["merge", *adapter, "--output", str(tmp_path / "merged"), "--dtype", "float32"])
+    main(["export", *adapter, "--output", str(tmp_path / "peft")])
+    assert "plain LoRA of rank 6" in capsys.readouterr().err
+    held = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (held["peft_type"], held["r"], held["lora_alpha"], held["rank_pattern"]) == ("LORA", 6, 12.0, {})
+    for one, other, third in zip(
+        after, c_attn(load(str(tmp_path / "merged"))), c_attn(base, tmp_path / "peft"), strict=True
+    ):
+        np.testing.assert_allclose(other, one, atol=1e-6)
+        np.testing.assert_allclose(third, one, atol=1e-6)
+    shelf = Shelf(base, AdapterBank(base.params, capacity=1, rank=6))
+    shelf.pin(asked := shelf.put("x", tmp_path / "more/adapter"))
+    lifted = jlora.lift(lambda params: base.model.apply({"params": params}, jnp.arange(8)[None]))
+    served = lifted(jlora.combine(base.params, shelf.bank.tree([asked])))
+    np.testing.assert_allclose(served, lifted(load(str(tmp_path / "merged")).params), atol=1e-5)
+
+
+def test_parts_that_nobody_would_carry_out_are_refused(gpt2):
+    base = load(gpt2["model"])
+    good = {"targets": ("c_attn",), "parts": "x-x", "rank": 2}
+    for change, said in (
+        ({"parts": "q-v"}, "a letter for each part"),
+        ({"parts": "---"}, "a letter for each part"),
+        ({"parts": "x-xx-"}, "does not divide into the parts"),
+        ({"method": "dora"}, "only lora and lora-plus"),
+        ({"method": "bitfit"}, "only lora and lora-plus"),
+        ({"rslora": True}, "only lora and lora-plus"),
+        ({"init": "gaussian"}, "only lora and lora-plus"),
+        ({"targets": named.EVERY}, "name the fused weights in targets"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            named.make(base.params, named.MethodConfig(**{**good, **change}), layouts=base.layouts)
+    _, sums = named.make(base.params, named.MethodConfig("lora+norms", **good), layouts=base.layouts)
+    assert jlora.tree.size(sums) == 2 * 2 * 2 * (24 * 2) + jlora.tree.size(bitfit.norms(base.params)[1])

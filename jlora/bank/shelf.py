@@ -10,6 +10,7 @@ from jlora.bank.bank import AdapterBank
 from jlora.data.template import template_for
 from jlora.io.adapters import load_adapter
 from jlora.io.load import Pretrained
+from jlora.methods.fused import settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Shelf:
     def read(self, folder: Path) -> Any:
         frozen, lora, _ = load_adapter(self.base, folder)
         del frozen  # the base's own weights; what a file holds besides factors is refused by the bank
-        return lora
+        return settle(lora)
 
     def drop(self, name: str) -> None:
         """Offer it no longer. Raises KeyError for a name that is not held."""

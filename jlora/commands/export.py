@@ -16,6 +16,7 @@ from jlora.io.load import hub_id
 from jlora.io.peft import refused_by_vllm
 from jlora.io.peft_kin import as_keys_and_values
 from jlora.lora import Together
+from jlora.methods.fused import settle
 from jlora.methods.named import MethodConfig
 from jlora.methods.plant import entries_of
 from jlora.methods.prefix import PrefixLayer
@@ -47,6 +48,10 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
         return merge_command(MergeConfig(config.model, config.adapter, config.output, **how))
     base, head = read_base(config.model, config.adapter, quantise=config.quantise, weights=config.to == "peft")
     frozen, trained, what = load_adapter(base, config.adapter)
+    if isinstance(what, MethodConfig) and what.parts:
+        n = what.parts.count("x")
+        trained, what = settle(trained), dataclasses.replace(what, rank=n * what.rank, alpha=n * what.alpha, parts="")
+        say(f"written as plain LoRA of rank {what.rank}, the same difference: trained on there, B's zeros would move")
     name, revision = hub_id(config.base) if config.base else (base.source, base.revision)
     if config.to == "gguf":
         return {"output": str(save_gguf_adapter(config.output, trained, base.config, base.tensors, name))}

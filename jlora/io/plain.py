@@ -20,6 +20,7 @@ import jlora.methods.named  # noqa: F401  (every method's entries are known once
 from jlora.io.peft import put_adapter
 from jlora.io.text import one_line
 from jlora.lora import Adapter, LoraFactors, Together, axes_of, is_adapter
+from jlora.methods.fused import FusedFactors
 from jlora.methods.plant import entries_of, leaves_of, plant
 
 KIND, FORM = "JLORA", 1
@@ -136,6 +137,10 @@ def check_factors(path: str, entry: Any, shape: list[int] | None) -> None:
     if not is_adapter(entry) and not hasattr(entry, "shape"):
         raise ValueError(f"what stands at {one_line(path, 80)} is a {type(entry).__name__}")
     inner = getattr(entry, "lora", entry)
+    if isinstance(inner, FusedFactors):
+        if not isinstance(inner.enable, tuple) or not {*inner.enable} <= {True, False}:
+            raise ValueError(f"the parts at {path} are {inner.enable!r:.60}")
+        inner = inner.settled()
     if shape is None or not isinstance(inner, LoraFactors):
         return
     a, b = (list(x.shape) for x in (inner.lora_a, inner.lora_b))

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from jlora.config import LoraConfig, keep_base
 from jlora.lora import is_adapter, lorafy
-from jlora.methods import adalora, adapter, bitfit, dora, eva, full, ia3, intrinsic, prefix, prefix_kv
+from jlora.methods import adalora, adapter, bitfit, dora, eva, full, fused, ia3, intrinsic, prefix, prefix_kv
 from jlora.methods.plant import leaves_of
 from jlora.methods.points import POINTS, find
 from jlora.methods.together import flat, together
+from jlora.targets import targeted
 from jlora.tree import Targets, slashed
 
 EVERY = ("all-linear",)
@@ -40,6 +41,9 @@ class MethodConfig:
     """Of LoRA and its kin, and IA3 where given: names, regexes over parameter paths, or the groups all-linear,
     attention, mlp."""
     exclude: tuple[str, ...] = ()
+    parts: str = ""
+    """Of lora and lora-plus, for fused weights: which of the equal parts of each target's outputs are adapted. x-x is
+    query and value of GPT-2's c_attn, the target to name."""
     dropout: float = 0.0
     """Of the adapter's input."""
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
@@ -81,7 +85,12 @@ def lora_config(config: MethodConfig, train: Targets = ()) -> LoraConfig:
 
 
 def lora(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
-    return lorafy(params, config=lora_config(c), layouts=layouts, key=key)
+    config = lora_config(c)
+    if not c.parts:
+        return lorafy(params, config=config, layouts=layouts, key=key)
+    enable = [letter == "x" for letter in c.parts]
+    chosen = dict.fromkeys(targeted(config, leaves_of(params), layouts), enable)
+    return fused.make(params, c.rank, parts=chosen, alpha=c.alpha, layouts=layouts, key=key)
 
 
 def by_dora(params: Any, c: MethodConfig, layouts: Any, key: Any) -> tuple[Any, Any]:
@@ -170,6 +179,19 @@ LORA_KIN = ("lora", "rslora", "lora-plus", "pissa", "olora", "eva", "dora")
 """Methods whose files are PEFT's LoRA."""
 
 
+def check_parts(c: MethodConfig) -> None:
+    """Raises ValueError for `parts` that are none, or that the method or its other settings do not know."""
+    kin = [name for name in names_of(c.method) if name in (*LORA_KIN, "adalora")]
+    if set(c.parts) != {"x"} and set(c.parts) != {"x", "-"}:
+        raise ValueError(f"parts = {c.parts!r:.40}: a letter for each part, x for those that are adapted, as x-x")
+    if kin not in (["lora"], ["lora-plus"]) or c.init != "kaiming" or c.rslora:
+        raise ValueError(
+            f"parts = {c.parts!r}: only lora and lora-plus, with init kaiming and without rslora, have them"
+        )
+    if c.targets == EVERY:
+        raise ValueError(f"parts = {c.parts!r}: name the fused weights in targets, as c_attn")
+
+
 def names_of(method: str) -> list[str]:
     """The methods of a sum, in the order in which they are made. Raises ValueError for a name that is not known."""
     names = [name.strip() for name in method.split("+")]
@@ -199,6 +221,8 @@ def make(
     ValueError for an unknown name, and what the method raises.
     """
     names, key = names_of(config.method), jax.random.key(0) if key is None else key
+    if config.parts:
+        check_parts(config)
 
     def one(name: str) -> Callable[[Any], tuple[Any, Any]]:
         if name == "eva" and sight:

@@ -1,4 +1,6 @@
-"""Parts of a fused weight: the written-out sum, the other parts untouched, and loralib's files."""
+"""Parts of a fused weight: the written-out sum, the other parts untouched, loralib's files, damaged ones of its own."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,12 @@ import pytest
 from toys import KEY, TOKENS, jitter
 
 import jlora
+from jlora.io import Pretrained
+from jlora.io.adapters import load_adapter, save_adapter
 from jlora.io.loralib import loralib_arrays, unmerged
 from jlora.methods import fused
 from jlora.methods.lora_plus import lora_plus
+from jlora.methods.named import MethodConfig
 from jlora.models.gpt2 import GPT2, GPT2Config, hf_tensors
 from jlora.tree import size
 
@@ -66,3 +71,29 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=text):
             fused.make(params, **{"rank": 2, **options})
+
+
+def test_damaged_folders(tmp_path):
+    model = GPT2(CONFIG)
+    base = Pretrained(model, model.init(KEY, TOKENS)["params"], CONFIG, None, "tiny", hf_tensors(CONFIG))
+    trained = jitter(fused.make(base.params, 3, parts={"c_attn/kernel": ENABLE})[1])
+    save_adapter(tmp_path, base, trained, MethodConfig(targets=("c_attn",), parts="x-x"))
+    _, again, what = load_adapter(base, tmp_path)
+    assert what.parts == "x-x"
+    jax.tree.map(np.testing.assert_array_equal, again, trained)
+    file = tmp_path / "adapter_config.json"
+    held = json.loads(file.read_text())
+    fields = held["trees"][0]["h/attn/c_attn/kernel"]["fields"]
+    for name, value, said in (
+        ("enable", {"tuple": [True, True, True]}, "damaged"),
+        ("enable", {"tuple": [True, True]}, r"factors at .* for a weight \[2, 8, 24\]"),
+        ("enable", "x-x", "the parts at h/attn/c_attn/kernel are 'x-x'"),
+        ("enable", {"tuple": [True, "no", True]}, "the parts at h/attn/c_attn/kernel are"),
+        ("layout", "soi", r"factors at .* for a weight \[2, 8, 24\]"),
+        ("lora_a", 3.0, "lora_a is 3.0"),
+    ):
+        fields[name], kept = value, fields[name]
+        file.write_text(json.dumps(held))
+        fields[name] = kept
+        with pytest.raises(ValueError, match=said):
+            load_adapter(base, tmp_path)
