@@ -20,8 +20,8 @@ from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter, save_adapter
 from jlora.io.save import save
 from jlora.methods import bitfit, named
-from jlora.models import gpt2, llama
-from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models import llama
+from jlora.models.gpt2 import GPT2, GPT2Config, hf_tensors
 from jlora.models.llama import Llama, LlamaConfig
 from tests.small import WORDS, rows, small_model, tokenizer
 
@@ -142,7 +142,7 @@ def gpt2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     config = GPT2Config(vocab_size=len(WORDS), n_positions=32, n_embd=24, n_layer=2, n_head=4)
     params = GPT2(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    base = Pretrained(GPT2(config), params, config, tokenizer(), "small", gpt2.hf_tensors(config))
+    base = Pretrained(GPT2(config), params, config, tokenizer(), "small", hf_tensors(config))
     save(folder / "model", base, params)
     return {"model": str(folder / "model"), "data": rows(folder, 24)}
 

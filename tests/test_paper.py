@@ -294,7 +294,7 @@ def test_every_claim_names_what_finds_it():
         assert all((root / script).is_file() for script in scripts), claim.how
         if "experiments.all" in words:
             assert words[-1] in NAMES, claim.how
-        if "experiments.recipes" in words:
+        if "show" in words:
             assert words[-1] in RECIPES, claim.how
         if words[:2] == ["jlora", "plan"]:
             main(words[1:])  # raises for what does not fit
