@@ -252,7 +252,7 @@ CLAIMS = [
         always(
             f"{len(RECIPES)} settings files of `jlora train`, each with its command, its slice, the paper's figure and "
             "what is otherwise here. The tests read all of them, dry-run one of each model at its size, and compile a "
-            "step for v5e of RoBERTa-base and large, DeBERTa-XXL, GPT-2 M and L, Llama-3-8B, and for v5p of GPT-2 M and two "
+            "step for v5e of RoBERTa-base and large, DeBERTa-XXL, GPT-2 M, GPT-2 L, Llama-3-8B, v5p of GPT-2 M and two "
             "layers of GPT-3. They need larger machines, weights and rows that are not here"
         ),
         "python -m experiments.recipes",
