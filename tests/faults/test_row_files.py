@@ -85,7 +85,8 @@ def test_deep_calls_end_in_an_error_at_most(tmp_path):
         deep = "[" * depth + "]" * depth
         calls = '{"messages": [{"role": "assistant", "tool_calls": [{"function": ' + deep + "}]}]}"
         tools = '{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"function": ' + deep + "}]}"
-        for line in (calls, tools, json.dumps({**json.loads(calls), "tools": deep})):
+        text = json.dumps({"messages": [{"role": "assistant", "content": "a"}], "tools": deep})
+        for line in (calls, tools, text):
             (tmp_path / "rows.jsonl").write_text(line)
             survives(lambda: read_rows(tmp_path / "rows.jsonl"), tmp_path)
 
