@@ -184,7 +184,9 @@ def reshape(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *dynam
     parts = {name: reshape_part(array, labels, leaf.shape, new) for name, (array, labels) in leaf.parts().items()}
     if any(part is None for part in parts.values()):
         return NotImplemented
-    return leaf.with_parts(bind(leaf.w), parts)
+    w = bind(leaf.w)
+    # an adapted weight inside that has no such reshape was written out, and is no part to follow
+    return NotImplemented if is_implicit(leaf.w) and not is_implicit(w) else leaf.with_parts(w, parts)
 
 
 OWN = {"dot_general", "conv_general_dilated", "gather", "reshape"}

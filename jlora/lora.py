@@ -234,6 +234,10 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
             "quantise what is frozen (frozen = jlora.quantise(frozen, ...)); or use init 'kaiming'"
         )
     if name in CHANGES_BASE:
+        if scaling <= 0:
+            raise ValueError(
+                f"alpha is {alpha:g} for {path}: init {name!r} divides by alpha / rank, which must be above 0"
+            )
         if rank > min(rows, columns):
             raise ValueError(
                 f"rank {rank} for {path} {list(w.shape)}: init {name!r} needs at most {min(rows, columns)}"

@@ -49,7 +49,8 @@ def targeted(config: LoraConfig, leaves: Mapping[str, Any], layouts: Mapping[str
     wanted: Any = config.target_modules
     matrices = {path: leaf for path, leaf in leaves.items() if is_matrix(path, leaf, layouts)}
     if callable(wanted):
-        deep = {p: x for p, x in leaves.items() if len(getattr(x, "shape", ())) > 1}
+        floats = {p: x for p, x in leaves.items() if jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating)}
+        deep = {p: x for p, x in floats.items() if len(x.shape) > 1}
         chosen = select(wanted, deep, "targets")  # pyright: ignore[reportArgumentType]
     else:
         chosen: list[str] = []

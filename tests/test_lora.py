@@ -298,12 +298,20 @@ def test_a_weight_read_in_a_while_loop_stays_factored():
         ({"targets": "downs"}, "'downs' matches no leaf; near: down"),
         ({"rank": 0}, "rank must be 1 or more"),
         ({"init": "xavier"}, "'xavier' is not known"),
+        ({"init": "pissa", "alpha": 0}, "alpha is 0 for down/kernel: init 'pissa' divides by alpha / rank"),
+        ({"init": "olora", "alpha": -4}, "alpha is -4 for down/kernel: init 'olora' divides by alpha / rank"),
         ({"targets": lambda path, leaf: False}, "predicate is true for none of the 2 leaves"),
     ],
 )
 def test_bad_arguments_say_what_would_do(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         jlora.lorafy(weights(), **{"rank": 2, **arguments})
+
+
+def test_a_predicate_is_asked_of_floats_alone():
+    params = {"ids": jnp.arange(12).reshape(3, 4), "w": jnp.ones((3, 4))}
+    lora = jlora.lorafy(params, 2, targets=lambda path, leaf: True)[1]
+    assert lora["ids"] is None and lora["w"] is not None
 
 
 def test_three_axes_need_layouts_and_the_error_says_both_ways():

@@ -64,6 +64,8 @@ def alternate(w: Any, entry: LoraFactors, scheme: Any, iterations: int) -> tuple
     """(Q_T, its factors) of one weight, a matrix of a stack at a time."""
     matrices, rows, order, sizes = canonical(w, entry.layout)
     rank, scaling = entry.lora_a.shape[-1], entry.scaling
+    if scaling <= 0:
+        raise ValueError(f"alpha / rank is {scaling:g}: loftq divides by it, so it must be above 0")
 
     def one(m: jax.Array) -> Any:
         m = m.astype(jnp.float32)

@@ -139,6 +139,20 @@ def test_bfloat16_stays(method):
     assert out.dtype == apply(params, TOKENS).dtype
 
 
+@pytest.mark.parametrize(
+    ("layout", "use"),
+    [("sio", lambda x, w: x @ w.transpose(1, 0, 2).reshape(8, 15)), ("iso", lambda x, w: x @ w.reshape(8, 15))],
+)
+def test_dora_through_a_reshape_that_its_factors_do_not_have(layout, use):
+    shape = {"sio": (3, 8, 5), "iso": (8, 3, 5)}[layout]
+    frozen, lora = dora.make({"w": jax.random.normal(KEY, shape)}, 2, key=KEY, layouts={"w": layout})
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # W + A·B is written out, and told
+        got = jlora.lift(lambda p, x: use(x, p["w"]))(jlora.combine(frozen, lora), jnp.ones((2, 8)))
+    np.testing.assert_allclose(got, use(jnp.ones((2, 8)), jlora.merge(frozen, lora)["w"]), rtol=1e-5, atol=1e-5)
+
+
 def test_dora_starts_as_the_base_where_a_column_is_zero():
     params = {"w": jnp.ones((4, 3)).at[:, 1].set(0.0)}
     frozen, lora = dora.make(params, 2, layouts={"w": "io"})

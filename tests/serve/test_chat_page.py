@@ -46,10 +46,9 @@ def test_two_adapters_side_by_side(served, tab, width, dark, tmp_path):
     tab.press("Enter", 13)
     tokenizer = served.base.tokenizer
     tokens = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    want = [
-        tokenizer.decode(offline(served.base, served.folder / name, tokens, 12), skip_special_tokens=True)
-        for name in ("film", "news")
-    ]
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    answers = [offline(served.base, served.folder / name, tokens, 12) for name in ("film", "news")]
+    want = [text([*tokens, *answer]).removeprefix(text(tokens)) for answer in answers]
     assert said(tab, 0) == want and want[0] != want[1]
     boxes = tab.run("[...document.querySelectorAll('article')].map(e => e.getBoundingClientRect().toJSON())")
     assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 1000)
