@@ -106,6 +106,15 @@ def test_gpt3_trains_what_is_counted_for_the_tables():
     lengths = {RECIPES[f"gpt3-175b/{task}-lora8"].config.max_length for task in ("WikiSQL", "MNLI", "SAMSum")}
     assert lengths == {384, 768, 2048} and config_of("gpt3-175b").n_positions == 2048
     assert RECIPES["gpt3-175b/MNLI-full"].config.warmup == 3  # 250,000 tokens of 128 rows of 768
+    for name in (f"gpt3-175b/SAMSum-{way}" for way in ("preembed", "prelayer")):
+        config = RECIPES[name].config
+        assert config.max_length + config.virtual_tokens == 2048
+    best = {
+        name
+        for name, recipe in RECIPES.items()
+        if any("the figure is " in note and " r = " in note for note in recipe.notes)
+    }
+    assert best == {"gpt3-175b/MNLI-lora1", "gpt3-175b/WikiSQL-lora8"}
 
 
 def test_a_gpu_is_not_compiled_for(tmp_path):
