@@ -17,7 +17,7 @@ import tyro
 from experiments.paper.cells import Budget, Experiment, duration, run
 
 NAMES = ("released", "cost", "why", "glue", "which", "few", "combined", "domains", "forgetting", "preference")
-NAMES += ("shots", "quantised", "dimension", "e2e")
+NAMES += ("shots", "quantised", "latency", "dimension", "e2e")
 """Modules of experiments.paper, the cheap and telling ones first."""
 RESULTS = Path(__file__).parent / "results"
 

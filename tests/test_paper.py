@@ -372,6 +372,50 @@ def test_verdicts_weigh_every_part_of_a_claim():
     assert holds.glue_holds(results("glue", few | {"SST-2/full": 0.805, "MRPC/full": 0.8})) == "agrees so far"
 
 
+def test_a_merged_model_is_the_base_s_own_program():
+    from experiments.paper import latency
+
+    done = {cell.name: cell.run({}) for cell in latency.cells(latency.SMALL)}
+    assert all(held["merged is base's program"] for held in done.values())
+    ways = done["1x8"]["ways"]
+    assert list(ways) == list(latency.NAMES) and all(len(one["more CPU"]) == 3 for one in ways.values())
+    assert ways["merged"]["operations"] == ways["base"]["operations"] < ways["adapter L"]["operations"]
+    (table,) = latency.show(latency.SMALL, done).tables
+    assert {len(row) for row in table.rows} == {len(table.head)} and len(table.rows) == 4 + 6
+    assert table.rows[1][:3] == ["2 x 16", "LoRA merged, the same program", ""], "compared, not timed"
+
+    model, made = latency.trees(latency.SMALL)
+    tokens = np.ones((1, 8), np.int32)
+    texts = [latency.compiled(model, way, made[way], tokens).as_text() for way in ("base", "factored")]
+    assert texts[0] != texts[1]
+    assert latency.middle([0.3, 0.1, 0.2]) == (0.2, 0.1, 0.3)
+    assert latency.middle(list(range(41))) == (20, 13, 27), "the 14th of either end"
+
+
+def test_verdicts_on_latency():
+    from experiments.paper import latency
+
+    def point(layers, same=True):
+        ways = {way: {"more CPU": [layers, layers + 0.01]} for way in latency.ADAPTERS}
+        return {"merged is base's program": same, "ways": ways}
+
+    def holds(long, middle, short, **how):
+        return latency.holds(
+            {"latency": {"32x512": point(long), "16x256": point(middle), "1x128": point(short, **how)}}
+        )
+
+    assert holds(0.02, 0.05, 0.2) == "agrees for merging, agrees for adapter layers"
+    assert holds(0.02, 0.05, 0.025).endswith("agrees as far as it can be told for adapter layers"), "intervals meet"
+    assert holds(0.05, 0.05, 0.02).endswith("in part for adapter layers")
+    assert holds(-0.005, -0.005, -0.005).endswith("cannot be told apart for adapter layers")
+    assert holds(0.02, 0.05, 0.2, same=False).startswith("in part for merging")
+    assert (
+        latency.holds({"latency": {"1x128": point(0.2)}}).endswith("so far")
+        and latency.holds({"latency": {}}) == "open"
+    )
+    assert "+2.5 % (+2.0 to +3.0) at 32x512" in latency.here({"latency": {"32x512": point(0.02)}})
+
+
 def test_quantised_bases_on_a_tiny_model(tmp_path, monkeypatch):
     from experiments.paper import quantised
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from experiments.paper import found as f
 from experiments.paper import holds as h
-from experiments.paper import quantised, which
+from experiments.paper import latency, quantised, which
 from experiments.paper.found import Everything
 from experiments.recipes import RECIPES
 
@@ -74,14 +74,10 @@ CLAIMS = [
     ),
     Claim(
         "No latency added when merged; adapter layers add 2 to 30 %",
-        "GPT-2 M: merged 0; adapter L +2.2, +5.0, +20.7 %; H +3.0, +8.4, +30.3 %",
-        always(
-            "GPT-2 M's shape on a CPU, 8x128, 4x64 and 1x32: merged -0.5, -1.0 and -3.0 % (noise), adapter L +4.2, "
-            "+5.6 and +4.8 %, H +5.4, +5.8 and +4.8 % (docs/serving.md); the paper's grid needs an accelerator, on "
-            "which one short row waits for the adapters' small products"
-        ),
-        "python experiments/serving/latency.py",
-        always("agrees for merging"),
+        "GPT-2 M, a GPU, 32x512, 16x256, 1x128: merged 0; adapter L +2.2, +5.0, +20.7 %; H +3.0, +8.4, +30.3 %",
+        latency.here,
+        RUN.format("latency"),
+        latency.holds,
     ),
     Claim(
         "Switching tasks is cheap: subtract one BA, add another",

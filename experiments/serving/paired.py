@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+Times = dict[str, list[float]]
+"""Milliseconds of every round, by program."""
 
-def paired(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """{name: figures}; ms: the median, least: the smallest, cpu: median CPU time of all threads, ratio and cpu_ratio:
-    the median over rounds of the first program's time divided by this one's (above 1: faster than the first).
-    """
-    wall: dict[str, list[float]] = {name: [] for name in programs}
-    cpu: dict[str, list[float]] = {name: [] for name in programs}
+
+def rounds(programs: dict[str, Callable[[], Any]], repeats: int) -> tuple[Times, Times]:
+    """(by the clock, CPU time of all threads), after one round that is not counted."""
+    wall: Times = {name: [] for name in programs}
+    cpu: Times = {name: [] for name in programs}
     for run in programs.values():
         jax.block_until_ready(run())
     for _ in range(repeats):
@@ -24,6 +25,14 @@ def paired(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, di
             jax.block_until_ready(run())
             wall[name].append(1e3 * (time.perf_counter() - began))
             cpu[name].append(1e3 * (time.process_time() - used))
+    return wall, cpu
+
+
+def paired(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """{name: figures}; ms: the median, least: the smallest, cpu: median CPU time of all threads, ratio and cpu_ratio:
+    the median over rounds of the first program's time divided by this one's (above 1: faster than the first).
+    """
+    wall, cpu = rounds(programs, repeats)
     first = next(iter(programs))
     ratio = lambda times, name: float(np.median(np.array(times[first]) / np.array(times[name])))
     return {
