@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 from jax import lax
+from jax.sharding import NamedSharding
 
 from jlora.compat import manual_axes, scan_sizes
-from jlora.leaves import is_implicit, materialise
+from jlora.leaves import is_implicit, materialise, unstacked
+from jlora.placing import dividing
 
 Run = Callable[..., list[Any]]
 
@@ -85,7 +87,7 @@ def scan(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any]:
     init, fixed = hoist(operands[n_consts : n_consts + n_carry], closed.jaxpr, n_consts, "scan", strict)
     stacked, rebuilds = [], []
     for value in operands[n_consts + n_carry :]:
-        rows, rebuild = value.unstack() if is_implicit(value) else (value, lambda row: row)
+        rows, rebuild = unstacked(value) or (materialise(value, "a scan over it", strict), lambda row: row)
         stacked.append(rows)
         rebuilds.append(rebuild)
 
@@ -128,6 +130,14 @@ def cond(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any]:
     def branch(closed: jex.ClosedJaxpr) -> Callable[..., list[Any]]:
         return lambda *args: dense(run(closed.jaxpr, closed.consts, args), "a branch's output", strict)
 
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:  # of lax.platform_dependent: a branch is lowered for its own platforms alone
+        named = [
+            (name, branch(closed))
+            for closed, names in zip(eqn.params["branches"], platforms, strict=True)
+            for name in names or ("default",)
+        ]
+        return lax.platform_dependent(*rest, **dict(named))
     return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *rest)
 
 
@@ -196,6 +206,32 @@ def shard_map(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any
     return list(mapped(*operands))
 
 
+def moved(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any]:
+    """`device_put` and `reshard`: each array of a leaf goes to the weight's memory or device, or to its axes' part of
+    the weight's sharding."""
+    reshard = eqn.primitive.name == "reshard"
+    put: Callable[..., Any] = jax.sharding.reshard if reshard else jax.device_put
+    outs: list[Any] = []
+    for value, where in zip(operands, [eqn.params["dst_sharding"]] if reshard else eqn.params["devices"], strict=True):
+        if not is_implicit(value) or not isinstance(where, NamedSharding):
+            outs.append(jax.tree.map(lambda x, where=where: put(x, where), value))
+            continue
+        specs = value.shard_specs(where.spec, exact=False)
+        if specs is None:
+            return NotImplemented
+
+        def at(x: Any, spec: Any, where: NamedSharding = where) -> Any:
+            spec = dividing(x.shape, spec, where.mesh)
+            return put(x, NamedSharding(where.mesh, spec, memory_kind=where.memory_kind))
+
+        outs.append(jax.tree.map(at, value, specs))
+    return outs
+
+
+def barrier(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any]:
+    return list(lax.optimization_barrier(tuple(operands)))
+
+
 RULES: dict[str, Callable[[Any, list[Any], Run, bool], list[Any]]] = {
     "jit": jit,
     "pjit": jit,
@@ -211,4 +247,7 @@ RULES: dict[str, Callable[[Any, list[Any], Run, bool], list[Any]]] = {
     "custom_vjp_call": custom_vjp,
     "custom_vjp_call_jaxpr": custom_vjp,
     "shard_map": shard_map,
+    "device_put": moved,
+    "reshard": moved,
+    "optimization_barrier": barrier,
 }

@@ -1,7 +1,7 @@
 """Leaves that stand around a weight with arrays beside it: what they share, whatever they do with the product.
 
-`FollowingLeaf` keeps the arrays in step with the weight through transposes, reshapes, slices and scans, by the rules
-that `LoraLeaf` uses for its factors. A method then only says what becomes of a product (`before` and `after`).
+The arrays are kept in step with the weight as LoRA's factors are. A method then only says what becomes of a product
+(`before` and `after`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
-from jlora.rules_structure import reshape_part
-
-Labels = tuple[int, ...]
-"""An axis each: n >= 0 for axis n of the weight, `RANK` for an axis of the array's own; in a product, ndim + n for
-axis n of the operand."""
+from jlora.leaves import LabelledLeaf, Labels
+from jlora.rules_structure import STRUCTURE
 
 
 class Product(NamedTuple):
-    """The labels of a product's operand and result, and the weight's axes that it sums."""
+    """The labels of a product's operand and result, ndim + n for axis n of the operand, and the axes that it sums."""
 
     x: Labels
     out: Labels
@@ -31,7 +27,7 @@ class Product(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FollowingLeaf(ImplicitLeaf):
+class FollowingLeaf(LabelledLeaf):
     """A weight, and what is done around it. Subclasses register as dataclass pytrees.
 
     `w`: the weight, an array or another leaf. `beside`: arrays by name, or None; `axes`: (name, labels) of each.
@@ -45,20 +41,8 @@ class FollowingLeaf(ImplicitLeaf):
     rules: ClassVar[dict[str, Callable[..., Any]]] = {}
     trainable: ClassVar[tuple[str, ...]] = ("beside",)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
-
     def labels(self, name: str) -> Labels:
         return dict(self.axes)[name]
-
-    def allows_cut(self, axis: int) -> bool:
-        """Whether the leaf of some rows along `axis` is these rows of the leaf."""
-        return True
 
     def before(self, x: Any, product: Product) -> Any:
         """What is multiplied by the weight in place of x, or NotImplemented."""
@@ -78,40 +62,6 @@ class FollowingLeaf(ImplicitLeaf):
 
     def parts(self) -> dict[str, tuple[Any, Labels]]:
         return {name: (self.beside[name], labels) for name, labels in self.axes}
-
-    def map_parts(self, on_w: Any, on_factor: Callable[[Any, Labels], Any], rename: Callable[[int], int | None]) -> Any:
-        """As `LoraLeaf.map_parts`, for the arrays of `beside`."""
-
-        def part(array: Any, labels: Labels) -> tuple[Any, Labels]:
-            named = [ax if ax == RANK else rename(ax) for ax in labels]
-            return on_factor(array, labels), tuple(ax for ax in named if ax is not None)
-
-        return self.with_parts(on_w, {name: part(*held) for name, held in self.parts().items()})
-
-    def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
-        if not self.allows_cut(0):
-            return self.materialise(), lambda row: row
-        w, rebuild_w = self.w.unstack() if is_implicit(self.w) else (self.w, lambda row: row)
-        parts = self.parts()
-        stacked = {name: jnp.moveaxis(a, at.index(0), 0) for name, (a, at) in parts.items() if 0 in at}
-
-        def rebuild(row: Any) -> Any:
-            w_row, rows = row
-            lower = lambda labels: tuple(ax if ax == RANK else ax - 1 for ax in labels if ax != 0)
-            return self.with_parts(
-                rebuild_w(w_row), {name: (rows.get(name, a), lower(labels)) for name, (a, labels) in parts.items()}
-            )
-
-        return (w, stacked), rebuild
-
-    def shard_specs(self, spec: Any, exact: bool = True) -> Any:
-        full = tuple(spec) + (None,) * (self.ndim - len(spec))
-        if any(full[ax] is not None and not self.allows_cut(ax) for ax in range(self.ndim)):
-            return None
-        w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
-        of = lambda labels: jax.sharding.PartitionSpec(*(None if ax == RANK else full[ax] for ax in labels))
-        beside = {name: of(labels) for name, labels in self.axes}
-        return None if w is None else dataclasses.replace(self, w=w, beside=beside)
 
 
 def spread(array: Any, labels: Labels, out: Labels) -> jax.Array:
@@ -163,33 +113,5 @@ def conv_product(eqn: Any, leaf: FollowingLeaf, position: int, x: Any) -> Produc
     return Product(label(dims.lhs_spec, in_ax), label(dims.out_spec, out_ax), (in_ax, *window))
 
 
-def structural(name: str) -> Callable[..., Any]:
-    rule = LoraLeaf.rules[name]
-
-    def guarded(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) -> Any:
-        leaf = operands[position]
-        if name in ("slice", "dynamic_slice", "split") and position == 0:
-            sizes = eqn.outvars[0].aval.shape
-            if not all(sizes[ax] == leaf.shape[ax] or leaf.allows_cut(ax) for ax in range(leaf.ndim)):
-                return NotImplemented
-        return rule(eqn, bind, position, *operands)
-
-    return guarded
-
-
-def reshape(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, *dynamic: Any) -> Any:
-    new = tuple(eqn.params["new_sizes"])
-    if dynamic or eqn.params["dimensions"] is not None:
-        return NotImplemented
-    parts = {name: reshape_part(array, labels, leaf.shape, new) for name, (array, labels) in leaf.parts().items()}
-    if any(part is None for part in parts.values()):
-        return NotImplemented
-    w = bind(leaf.w)
-    # an adapted weight inside that has no such reshape was written out, and is no part to follow
-    return NotImplemented if is_implicit(leaf.w) and not is_implicit(w) else leaf.with_parts(w, parts)
-
-
-OWN = {"dot_general", "conv_general_dilated", "gather", "reshape"}
-STRUCTURE = {name: structural(name) for name in LoraLeaf.rules if name not in OWN} | {"reshape": reshape}
 PRODUCTS = {"dot_general": around(dot_product), "conv_general_dilated": around(conv_product)}
 FollowingLeaf.rules.update(STRUCTURE | PRODUCTS)

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from jlora.placing import lying
 
 RANK = -1
-"""The label of the rank axis in `LoraLeaf.a_axes` and `b_axes`; a label >= 0 is an axis of the weight."""
+"""The label of an axis of the array's own: the rank axis of LoRA's factors."""
+Labels = tuple[int, ...]
+"""What each axis of an array runs along: n >= 0 for axis n of the weight, or `RANK`."""
 
 
 class ImplicitLeaf:
@@ -46,13 +50,20 @@ class ImplicitLeaf:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def __jax_array__(self) -> Any:
+        raise TypeError(f"{self.path or 'a weight'} is a {type(self).__name__}, no array: call jlora.lift(f), not f")
+
     def materialise(self) -> jax.Array:
-        """The weight as one array [*shape], exact."""
+        """The weight as one array [*shape], rounded to its dtype once."""
         raise NotImplementedError
 
-    def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
-        """(stacked, rebuild): `rebuild` makes the leaf W[i] from the i-th rows of the pytree `stacked`."""
-        return self.materialise(), lambda row: row
+    def unrounded(self) -> jax.Array:
+        """The weight [*shape] for a sum that is rounded after it, where that is more than `materialise` gives."""
+        return self.materialise()
+
+    def unstack(self) -> tuple[Any, Callable[[Any], Any]] | None:
+        """(stacked, rebuild), `rebuild` making the leaf W[i] from the i-th rows of the pytree `stacked`, or None."""
+        return None
 
     def has_its_axes(self) -> bool:
         """Whether the arrays have the axes that the static fields name: not after `vmap`, `scan` or an index outside
@@ -70,6 +81,22 @@ class ImplicitLeaf:
 
 def is_implicit(value: Any) -> bool:
     return isinstance(value, ImplicitLeaf)
+
+
+def as_array(w: Any) -> jax.Array:
+    """A weight, whatever it is, as one array [*shape]."""
+    return w.materialise() if is_implicit(w) else jnp.asarray(w)
+
+
+def unrounded(w: Any) -> jax.Array:
+    """A weight [*shape] in float32 or better, to be computed with further."""
+    w = w.unrounded() if is_implicit(w) else jnp.asarray(w)
+    return w if jnp.finfo(w.dtype).bits >= 32 else w.astype(jnp.float32)
+
+
+def unstacked(w: Any) -> tuple[Any, Callable[[Any], Any]] | None:
+    """`ImplicitLeaf.unstack` of a stack of weights [s, ...]; an array is its own rows."""
+    return w.unstack() if is_implicit(w) else (w, lambda row: row)
 
 
 def whole(leaf: ImplicitLeaf) -> bool:
@@ -97,32 +124,14 @@ def materialise(value: Any, where: str, strict: bool) -> Any:
     return dense
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraLeaf(ImplicitLeaf):
-    """W + scaling * A·B, kept as the triple (Hu et al., section 4.1; their B·A is this A·B transposed).
+class LabelledLeaf(ImplicitLeaf):
+    """A weight `w` (an array or another leaf) and arrays beside it, each of whose axes runs along an axis of w.
 
-    `w`: the frozen weight, an array or another implicit leaf.
-    `lora_a`, `lora_b`: the factors; `a_axes` and `b_axes` name each of their axes by the axis of W it runs along, or
-    `RANK`. For a kernel [i, o] that is a: (0, RANK), b: (RANK, 1); for a stack [s, i, o] it is (0, 1, RANK) and
-    (0, RANK, 2). An axis in both factors is a stack (every index has its own product); an axis in neither is one
-    along which the difference is constant (a broadcast). Transposing W therefore only renames.
-    `key`: PRNG keys of the dropout on the input of A, one a stacked matrix (`key_axes`), or None.
+    Subclasses say which arrays: `parts` and `with_parts`. What only moves axes (`jlora/rules_structure.py`), a scan and
+    a sharding are then done to w and to them alike.
     """
 
     w: Any
-    lora_a: Any
-    lora_b: Any
-    key: Any = None
-    a_axes: tuple[int, ...] = dataclasses.field(default=(0, RANK), metadata={"static": True})
-    b_axes: tuple[int, ...] = dataclasses.field(default=(RANK, 1), metadata={"static": True})
-    key_axes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    scaling: float = dataclasses.field(default=1.0, metadata={"static": True})
-    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
-    path: str = dataclasses.field(default="", metadata={"static": True})
-
-    rules: ClassVar[dict[str, Callable[..., Any]]] = {}
-    trainable: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,76 +141,109 @@ class LoraLeaf(ImplicitLeaf):
     def dtype(self) -> Any:
         return self.w.dtype
 
-    def delta(self) -> jax.Array:
-        """scaling * A·B in the factors' own precision, with axes of size 1 where W's axis is in neither factor."""
-        every = tuple(range(self.ndim))
-        product = contract(self.lora_a, self.a_axes, self.lora_b, self.b_axes, every, precision="highest")
-        return product * self.scaling
+    def parts(self) -> dict[str, tuple[Any, Labels]]:
+        """The arrays by name, each with the labels of its axes."""
+        raise NotImplementedError
 
-    def materialise(self) -> jax.Array:
-        w = self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
-        return (w + self.delta()).astype(self.dtype)
+    def with_parts(self, w: Any, parts: dict[str, tuple[Any, Labels]]) -> Any:
+        """The leaf with another w, arrays and labels."""
+        raise NotImplementedError
 
-    def map_parts(
-        self, on_w: Any, on_factor: Callable[[Any, tuple[int, ...]], Any], rename: Callable[[int], int | None]
-    ) -> LoraLeaf:
-        """The leaf after a structural change: `on_w` replaces w, `on_factor(array, axes)` changes each factor and
-        `rename` gives each old axis of W its new number, or None where the axis is gone."""
+    def allows_cut(self, axis: int) -> bool:
+        """Whether the leaf of some rows along `axis` is these rows of the leaf."""
+        return True
 
-        def part(array: Any, axes: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
-            named = [ax if ax == RANK else rename(ax) for ax in axes]
-            return on_factor(array, axes), tuple(ax for ax in named if ax is not None)
+    def map_parts(self, w: Any, change: Callable[[Any, Labels], Any], rename: Callable[[int], int | None]) -> Any:
+        """The leaf after a structural change that made `w`: `change(array, labels)` is done to each array, `rename`
+        gives each old axis of the weight its new number, or None where the axis is gone."""
 
-        a, a_axes = part(self.lora_a, self.a_axes)
-        b, b_axes = part(self.lora_b, self.b_axes)
-        key, key_axes = (None, ()) if self.key is None else part(self.key, self.key_axes)
-        return dataclasses.replace(
-            self, w=on_w, lora_a=a, lora_b=b, key=key, a_axes=a_axes, b_axes=b_axes, key_axes=key_axes
-        )
+        def part(array: Any, labels: Labels) -> tuple[Any, Labels]:
+            named = [ax if ax == RANK else rename(ax) for ax in labels]
+            return change(array, labels), tuple(ax for ax in named if ax is not None)
+
+        return self.with_parts(w, {name: part(*held) for name, held in self.parts().items()})
 
     def has_its_axes(self) -> bool:
-        named = ((self.lora_a, self.a_axes), (self.lora_b, self.b_axes))
-        return all(array.ndim >= len(axes) and max(axes) < self.ndim for array, axes in named)
+        return all(array.ndim >= len(at) and max(at, default=0) < self.ndim for array, at in self.parts().values())
 
-    def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
-        fixed: dict[str, Any] = {}
-        stacked: dict[str, Any] = {}
-        rebuild_w: Callable[[Any], Any] = lambda row: row
-        if is_implicit(self.w):
-            stacked["w"], rebuild_w = self.w.unstack()
-        else:
-            stacked["w"] = self.w
-        for name, axes in (("lora_a", self.a_axes), ("lora_b", self.b_axes), ("key", self.key_axes)):
-            array = getattr(self, name)
-            if array is not None and 0 in axes:
-                stacked[name] = jnp.moveaxis(array, axes.index(0), 0)
-            else:
-                fixed[name] = array
+    def unstack(self) -> tuple[Any, Callable[[Any], Any]] | None:
+        within = unstacked(self.w)
+        if within is None or not self.allows_cut(0):
+            return None
+        w, rebuild_w = within
+        parts = self.parts()
+        stacked = {name: jnp.moveaxis(array, at.index(0), 0) for name, (array, at) in parts.items() if 0 in at}
 
-        def lower(axes: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(ax if ax == RANK else ax - 1 for ax in axes if ax != 0)
+        def lower(labels: Labels) -> Labels:
+            return tuple(ax if ax == RANK else ax - 1 for ax in labels if ax != 0)
 
-        def rebuild(row: dict[str, Any]) -> LoraLeaf:
-            parts = {**fixed, **row, "w": rebuild_w(row["w"])}
-            return dataclasses.replace(
-                self, **parts, a_axes=lower(self.a_axes), b_axes=lower(self.b_axes), key_axes=lower(self.key_axes)
-            )
+        def rebuild(row: Any) -> Any:
+            w, rows = row
+            lowered = {name: (rows.get(name, array), lower(labels)) for name, (array, labels) in parts.items()}
+            return self.with_parts(rebuild_w(w), lowered)
 
-        return stacked, rebuild
+        return (w, stacked), rebuild
 
     def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         full = tuple(spec) + (None,) * (self.ndim - len(spec))
-
-        def of(axes: tuple[int, ...]) -> PartitionSpec:
-            return PartitionSpec(*(None if ax == RANK else full[ax] for ax in axes))
-
         w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
-        key = None if self.key is None else of(self.key_axes)
-        return (
-            None
-            if w is None
-            else dataclasses.replace(self, w=w, lora_a=of(self.a_axes), lora_b=of(self.b_axes), key=key)
-        )
+        if w is None or any(name is not None and not self.allows_cut(ax) for ax, name in enumerate(full)):
+            return None
+
+        def of(labels: Labels) -> PartitionSpec:
+            return PartitionSpec(*(None if ax == RANK else full[ax] for ax in labels))
+
+        return self.with_parts(w, {name: (of(labels), labels) for name, (_, labels) in self.parts().items()})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraLeaf(LabelledLeaf):
+    """W + scaling * A·B, kept as the triple (Hu et al., section 4.1; their B·A is this A·B transposed).
+
+    `w`: the frozen weight, an array or another implicit leaf.
+    `lora_a`, `lora_b`: the factors; `a_axes` and `b_axes` label their axes. For a kernel [i, o] that is a: (0, RANK),
+    b: (RANK, 1); for a stack [s, i, o] it is (0, 1, RANK) and (0, RANK, 2). An axis in both factors is a stack (every
+    index has its own product); an axis in neither is one along which the difference is constant (a broadcast).
+    Transposing W therefore only renames.
+    `key`: PRNG keys of the dropout on the input of A, one a stacked matrix (`key_axes`), or None.
+    """
+
+    w: Any
+    lora_a: Any
+    lora_b: Any
+    key: Any = None
+    a_axes: Labels = dataclasses.field(default=(0, RANK), metadata={"static": True})
+    b_axes: Labels = dataclasses.field(default=(RANK, 1), metadata={"static": True})
+    key_axes: Labels = dataclasses.field(default=(), metadata={"static": True})
+    scaling: float = dataclasses.field(default=1.0, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    path: str = dataclasses.field(default="", metadata={"static": True})
+
+    rules: ClassVar[dict[str, Callable[..., Any]]] = {}
+    trainable: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+
+    def parts(self) -> dict[str, tuple[Any, Labels]]:
+        factors = {"lora_a": (self.lora_a, self.a_axes), "lora_b": (self.lora_b, self.b_axes)}
+        return factors if self.key is None else factors | {"key": (self.key, self.key_axes)}
+
+    def with_parts(self, w: Any, parts: dict[str, tuple[Any, Labels]]) -> LoraLeaf:
+        (a, a_axes), (b, b_axes) = parts["lora_a"], parts["lora_b"]
+        key, key_axes = parts.get("key", (None, ()))
+        labels = {"a_axes": a_axes, "b_axes": b_axes, "key_axes": key_axes}
+        return dataclasses.replace(self, w=w, lora_a=a, lora_b=b, key=key, **labels)
+
+    def delta(self) -> jax.Array:
+        """scaling * A·B in float32 or better, with axes of size 1 where W's axis is in neither factor."""
+        every, factors = tuple(range(self.ndim)), (self.lora_a, self.a_axes, self.lora_b, self.b_axes)
+        wide = jnp.promote_types(jnp.result_type(self.lora_a, self.lora_b), jnp.float32)
+        return contract(*factors, every, precision="highest", preferred_element_type=wide) * self.scaling
+
+    def unrounded(self) -> jax.Array:
+        return unrounded(self.w) + self.delta()
+
+    def materialise(self) -> jax.Array:
+        return self.unrounded().astype(self.dtype)
 
 
 def contract(
@@ -235,23 +277,3 @@ def contract(
         out = lax.transpose(out, tuple(have.index(ax) for ax in present))
     missing = tuple(n for n, ax in enumerate(out_axes) if ax not in have)
     return lax.expand_dims(out, missing) if missing else out
-
-
-def on_explicit_mesh(*arrays: Any) -> bool:
-    """Whether one lies on a mesh whose axes are part of types (`AxisType.Explicit`, what `jax.make_mesh` makes)."""
-    return any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in arrays)
-
-
-def lying(x: tuple[Any, Any], y: tuple[Any, Any], out_axes: Sequence[Any]) -> dict[str, Any]:
-    """`out_sharding` of a product on an explicit mesh, where it must be said if what is summed is split: each axis as
-    in the operand that has it, a mesh axis once. Operands are (array, its axes). Else nothing."""
-    if not on_explicit_mesh(x[0], y[0]):
-        return {}
-    names: dict[Any, Any] = {}
-    for array, axes in (x, y):
-        taken = set(jax.tree.leaves(list(names.values())))
-        for ax, name in zip(axes, jax.typeof(array).sharding.spec, strict=True):
-            if ax in out_axes and names.get(ax) is None and not taken & set(jax.tree.leaves(name)):
-                names[ax] = name
-    where = next(jax.typeof(v).sharding.mesh for v, _ in (x, y) if on_explicit_mesh(v))
-    return {"out_sharding": NamedSharding(where, PartitionSpec(*(names.get(ax) for ax in out_axes)))}

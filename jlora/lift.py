@@ -13,11 +13,13 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
 # the rules are imported to fill LoraLeaf.rules
 from jlora import control, rules_experts, rules_scalar, rules_structure  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jlora.leaves import ImplicitLeaf, is_implicit, materialise, whole
+from jlora.placing import on_explicit_mesh
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,14 +48,24 @@ def lift(f: F, *, strict: bool = False) -> F:
             args, kwargs = jax.tree.unflatten(treedef, full)
             return f(*args, **kwargs)
 
-        inputs = [values[n] for n in traced]
-        shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) if is_implicit(v) else v for v in inputs]
+        inputs = [v if is_implicit(v := values[n]) else jnp.asarray(v) for n in traced]
+        shapes = [stand_in(v) if is_implicit(v) else v for v in inputs]
         closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*shapes)
         outs = run(closed.jaxpr, closed.consts, inputs, strict)
         outs = [materialise(out, "the function's result", strict) for out in outs]
         return jax.tree.unflatten(cast(Any, jax.tree.structure(out_shape)), outs)
 
     return lifted  # pyright: ignore[reportReturnType]
+
+
+def stand_in(leaf: ImplicitLeaf) -> jax.ShapeDtypeStruct:
+    """The weight's type, its place on an explicit mesh and, inside a `shard_map`, the axes it varies over included."""
+    if jax.sharding.get_abstract_mesh().manual_axes or on_explicit_mesh(*jax.tree.leaves(leaf)):
+        try:
+            return jax.eval_shape(leaf.materialise)
+        except ValueError:  # a leaf of many adapters is no one weight
+            pass
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def check_axes(values: Sequence[Any]) -> None:
@@ -105,6 +117,12 @@ def run_equation(jaxpr: jex.Jaxpr, eqn: Any, operands: list[Any], strict: bool) 
     position = next((n for n, value in enumerate(operands) if is_implicit(value)), None)
     if position is None:
         return emit(jaxpr, eqn, operands)
+    with eqn.ctx.manager:  # its mesh, memory and precision, as `emit` has them
+        return with_leaf(jaxpr, eqn, operands, position, strict)
+
+
+def with_leaf(jaxpr: jex.Jaxpr, eqn: Any, operands: list[Any], position: int, strict: bool) -> list[Any]:
+    """`run_equation` where operand number `position` is the first leaf."""
     name = eqn.primitive.name
     if name in control.RULES:
         out = control.RULES[name](eqn, operands, functools.partial(run, strict=strict), strict)

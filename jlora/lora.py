@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jlora.config import LoraConfig
 from jlora.inits import CHANGES_BASE, INITS
-from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit
+from jlora.leaves import RANK, ImplicitLeaf, LoraLeaf, is_implicit, unrounded
 from jlora.targets import BIAS, check_layouts, letters_of, targeted
 from jlora.tree import Targets, first_match, names_in, path_of, paths, select
 
@@ -257,7 +257,7 @@ def make(w: Any, path: str, layout: str, config: LoraConfig, key: Any, dtype: An
     )
     if dense is None:
         return w, factors
-    base = dense.astype(jnp.float32) - factors.attach(dense, path).delta()
+    base = unrounded(dense) - factors.attach(dense, path).delta()
     return base.astype(w.dtype), factors
 
 

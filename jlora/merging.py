@@ -92,6 +92,11 @@ def merge(frozen: Any, lora: Any) -> Any:
         warnings.warn(text, MergedAsFloats, stacklevel=2)
 
     def at(leaf: Any) -> Any:
-        return leaf.materialise() if is_implicit(leaf) else leaf
+        if not is_implicit(leaf):
+            return leaf
+        space = jax.typeof(jax.tree.leaves(leaf)[0]).memory_space
+        if space == jax.memory.Space.Device:
+            return leaf.materialise()
+        return jax.device_put(jax.device_put(leaf, jax.memory.Space.Device).materialise(), space)
 
     return jax.tree.map(at, combine(frozen, lora), is_leaf=is_implicit)

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.leaves import RANK, LoraLeaf
+from jlora.leaves import RANK, Labels, LoraLeaf
 from jlora.thin import thin
-
-Axes = tuple[int, ...]
 
 
 def rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -56,11 +54,11 @@ def dot_general(eqn: Any, bind: Callable[..., Any], position: int, lhs: Any, rhs
         return base + delta.astype(base.dtype)
 
 
-def factors_by_use(leaf: LoraLeaf, summed: Sequence[int]) -> tuple[tuple[Any, Axes], tuple[Any, Axes]]:
+def factors_by_use(leaf: LoraLeaf, summed: Sequence[int]) -> tuple[tuple[Any, Labels], tuple[Any, Labels]]:
     """The factor to multiply first (it takes away the most summed elements), then the other, each with its axes."""
     a, b = (leaf.lora_a, leaf.a_axes), (leaf.lora_b, leaf.b_axes)
 
-    def taken(factor: tuple[Any, Axes]) -> int:
+    def taken(factor: tuple[Any, Labels]) -> int:
         return math.prod(leaf.shape[ax] for ax in factor[1] if ax in summed)
 
     return (a, b) if taken(a) >= taken(b) else (b, a)
@@ -139,7 +137,7 @@ def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices
     batch_out = tuple(n for n in range(out_ndim) if n not in dims.offset_dims)
     renamed = dict(zip(rest, dims.offset_dims, strict=True))
 
-    def rows(array: Any, axes: Axes) -> tuple[Any, Axes]:
+    def rows(array: Any, axes: Labels) -> tuple[Any, Labels]:
         if axis not in axes:
             return array, tuple(renamed.get(ax, ax) for ax in axes)
         at = axes.index(axis)
@@ -151,10 +149,6 @@ def gather(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any, indices
         out = lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"], fill_value=0)
         return out, batch_out + tuple(renamed.get(ax, ax) for ax in others)
 
-    a, a_axes = rows(leaf.lora_a, leaf.a_axes)
-    b, b_axes = rows(leaf.lora_b, leaf.b_axes)
-    key, key_axes = (None, ()) if leaf.key is None else rows(leaf.key, leaf.key_axes)
-    kinds = (leaf.scaling, leaf.dropout, leaf.path)
-    out = LoraLeaf(bind(leaf.w, indices), a, b, key, a_axes, b_axes, key_axes, *kinds)
+    out = leaf.with_parts(bind(leaf.w, indices), {name: rows(*held) for name, held in leaf.parts().items()})
     stacked = axis in leaf.a_axes and axis in leaf.b_axes
     return out if stacked else out.materialise()

@@ -43,10 +43,8 @@ def ragged_dot(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any
         return base + delta.astype(base.dtype)
 
 
-def fits(leaf: Any, group: int, summed: Sequence[int], free: Sequence[int]) -> bool:
+def fits(leaf: LoraLeaf, group: int, summed: Sequence[int], free: Sequence[int]) -> bool:
     """Whether one factor holds all that is summed, the other all that is not, and both the groups."""
-    if not isinstance(leaf, LoraLeaf):  # a `FollowingLeaf` takes this rule over
-        return False
     held = {frozenset(leaf.a_axes), frozenset(leaf.b_axes)}
     return held == {frozenset((group, RANK, *summed)), frozenset((group, RANK, *free))}
 

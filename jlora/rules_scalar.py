@@ -1,4 +1,4 @@
-"""How a `LoraLeaf` goes through a multiplication by a number, a change of sign and a stopped gradient.
+"""How a `LoraLeaf` goes through a multiplication by a number and a change of sign.
 
 W·c + scaling * A·(B·c): the factor takes the number, as `scaling` is static and c may be traced.
 """
@@ -10,9 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
-from jlora.leaves import LoraLeaf
 from jlora.rules import rule
 
 
@@ -22,8 +20,7 @@ def scaled(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) ->
     """W·c, c·W and W/c."""
     leaf, c = operands[position], operands[1 - position]
     divided = eqn.primitive.name == "div"
-    # a `FollowingLeaf` takes these rules over, and what it does to a product need not be linear in W (DoRA)
-    if not isinstance(leaf, LoraLeaf) or jnp.ndim(c) > 0 or (divided and position != 0):
+    if jnp.ndim(c) > 0 or (divided and position != 0):
         return NotImplemented
     w = bind(*(leaf.w if n == position else x for n, x in enumerate(operands)))
     b, c = leaf.lora_b, jnp.asarray(c)
@@ -34,11 +31,4 @@ def scaled(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) ->
 
 @rule("neg")
 def neg(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
-    if not isinstance(leaf, LoraLeaf):
-        return NotImplemented
     return dataclasses.replace(leaf, w=bind(leaf.w), lora_b=-leaf.lora_b)
-
-
-@rule("stop_gradient")
-def stop_gradient(eqn: Any, bind: Callable[..., Any], position: int, leaf: Any) -> Any:
-    return leaf.map_parts(bind(leaf.w), lambda array, _: lax.stop_gradient(array), lambda ax: ax)

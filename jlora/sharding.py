@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, is_adapter
-from jlora.quant.leaf import dividing
+from jlora.placing import dividing
 from jlora.targets import EMBEDDING, is_matrix, letters
 from jlora.tree import path_of, paths, slashed
 

@@ -15,7 +15,8 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from jlora.leaves import contract, on_explicit_mesh
+from jlora.leaves import contract
+from jlora.placing import on_explicit_mesh
 
 Labels = tuple[int, ...]
 

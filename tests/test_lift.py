@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -111,6 +112,8 @@ def test_specs_of_a_leafs_parts():
     assert ImplicitLeaf().shard_specs(P()) is None and dataclasses.replace(stack, w=Bare()).shard_specs(P()) is None
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Bare(ImplicitLeaf):
     """A stack of ones that knows no more than it must."""
 
@@ -126,10 +129,71 @@ def test_a_leaf_that_knows_no_more_than_it_must():
             ask()
     assert Bare().ndim == 3
     stack = dataclasses.replace(leaves()[0], w=Bare())
-    for leaf, want in ((Bare(), jnp.ones((D, D))), (stack, stack.materialise()[1])):
-        stacked, rebuild = leaf.unstack()
-        one = rebuild(jax.tree.map(lambda x: x[1], stacked))
-        np.testing.assert_allclose(one if leaf is not stack else one.materialise(), want, atol=1e-5)
+    f = lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+    for leaf in (Bare(), stack):
+        assert leaf.unstack() is None
+        with pytest.warns(MaterialisedWarning, match="a scan over it"):
+            got = lift(f)(leaf, jnp.ones((2, D)))
+        np.testing.assert_allclose(got, f(leaf.materialise(), jnp.ones((2, D))), atol=1e-5)
+        with pytest.raises(ValueError, match="a scan over it, which strict=True forbids"):
+            lift(f, strict=True)(leaf, jnp.ones((2, D)))
+
+
+def test_a_call_without_lift_is_told():
+    stack, table = leaves()
+    for call in (lambda: jnp.ones((2, 11)) @ table, lambda: jnp.tanh(stack), lambda: jnp.asarray(table)):
+        with pytest.raises(TypeError, match=r"(stack|table) is a LoraLeaf, no array: call jlora.lift\(f\), not f"):
+            call()
+
+
+def test_numbers_of_numpy_are_those_of_jax():
+    table = leaves()[1]
+    x = np.ones((2, 11))  # float64, which JAX reads as float32 without a word
+    got = lift(lambda w, x: x @ w, strict=True)(table, x)
+    np.testing.assert_allclose(got, jnp.asarray(x) @ table.materialise(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_weight_in_the_memory_of_the_host(whole):
+    stack, _ = leaves()
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    held = jax.device_put(stack if whole else stack.w, host)
+    held = held if whole else dataclasses.replace(stack, w=held)
+    to = jax.memory.Space.Device if whole else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    f = lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ jax.device_put(w, to)), None), x, w)[0]
+    got = jax.jit(lift(f, strict=True))(held, jnp.ones((2, D)))
+    np.testing.assert_allclose(got, f(stack.materialise(), jnp.ones((2, D))), atol=1e-5)
+    merged = jlora.merge({"w": held.w}, {"w": jlora.LoraFactors(held.lora_a, held.lora_b, 0.5, "sio")})["w"]
+    assert merged.sharding.memory_kind == "pinned_host"
+    np.testing.assert_allclose(merged, stack.materialise(), atol=1e-5)
+
+
+def test_a_barrier_keeps_the_factors_apart():
+    _, table = leaves()
+    f = lambda w, x: jnp.matmul(*lax.optimization_barrier((x, w)))
+    text = str(jax.make_jaxpr(lift(f, strict=True))(table, jnp.ones((2, 11))))
+    assert "optimization_barrier" in text
+    x = jnp.ones((2, 11))
+    np.testing.assert_allclose(lift(f, strict=True)(table, x), f(table.materialise(), x), rtol=1e-5)
+
+
+def kernel(x, w):
+    """What compiles for a TPU and not for a CPU."""
+
+    def double(x_ref, out_ref):
+        out_ref[...] = 2 * x_ref[...]
+
+    return pallas.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x) @ w
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_branch_is_compiled_for_its_own_platforms_alone(jitted):
+    _, table = leaves()
+    x = jnp.ones((2, 11))
+    f = lambda w, x: lax.platform_dependent(x, w, tpu=kernel, default=lambda x, w: x @ w)
+    lifted = lift(f, strict=True)
+    got = (jax.jit(lifted) if jitted else lifted)(table, x)
+    np.testing.assert_allclose(got, f(table.materialise(), x), rtol=1e-5)
 
 
 OUTSIDE = {

@@ -22,8 +22,9 @@ from jlora.io.tensors import Source, build, safetensors_source
 from jlora.io.text import one_line
 from jlora.models import family
 from jlora.models.tensors import HFTensor
+from jlora.placing import dividing
 from jlora.quant import quantise as quantised
-from jlora.quant.leaf import QuantisedLeaf, dividing
+from jlora.quant.leaf import QuantisedLeaf
 from jlora.quant.tree import from_layers, planned
 from jlora.sharding import place
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.leaves import is_implicit
+from jlora.leaves import as_array
 from jlora.models.tensors import HFTensor
 
 
@@ -41,4 +41,4 @@ def weights_of(w: Any, path: str) -> jax.Array:
     """The base's own values. Raises ValueError where there are shapes only."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(w)):
         raise ValueError(f"{path}: the adapter leaves out some of its {w.shape[0]} layers, so the weights are needed")
-    return w.materialise() if is_implicit(w) else jnp.asarray(w)
+    return as_array(w)

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.following import FollowingLeaf, Labels, Product, spread
-from jlora.leaves import RANK, contract
+from jlora.following import FollowingLeaf, Product, spread
+from jlora.leaves import RANK, Labels, contract
 from jlora.lora import Adapter, axes_of, leaf_key
 from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.following import Labels
-from jlora.leaves import RANK, LoraLeaf, contract, is_implicit
+from jlora.leaves import RANK, Labels, LoraLeaf, as_array, contract, is_implicit
 from jlora.lora import Adapter, LoraFactors, axes_of, is_adapter, lorafy
 from jlora.methods.scaled import ScaledLeaf
 
@@ -42,10 +41,11 @@ class DoraLeaf(ScaledLeaf):
 def norm(leaf: LoraLeaf, kept: Labels) -> jax.Array:
     """||W + scaling * A·B|| over the axes that are not `kept`, in float32."""
     if is_implicit(leaf.w) and 0 in kept and 0 in leaf.a_axes and 0 in leaf.b_axes:  # one matrix of a stack at a time
-        rows, rebuild = leaf.unstack()
-        return lax.map(lambda row: norm(rebuild(row), tuple(ax - 1 for ax in kept if ax)), rows)
-    w = leaf.w.materialise() if is_implicit(leaf.w) else jnp.asarray(leaf.w)
-    w = w.astype(jnp.float32)
+        parted = leaf.unstack()
+        if parted is not None:
+            rows, rebuild = parted
+            return lax.map(lambda row: norm(rebuild(row), tuple(ax - 1 for ax in kept if ax)), rows)
+    w = as_array(leaf.w).astype(jnp.float32)
     a, b = leaf.lora_a.astype(jnp.float32), leaf.lora_b.astype(jnp.float32)
     every = tuple(range(leaf.ndim))
     other = RANK - 1  # the second of two rank axes

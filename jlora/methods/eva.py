@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import keep_base
-from jlora.following import FollowingLeaf, Labels, Product
-from jlora.leaves import RANK, contract, is_implicit
+from jlora.following import FollowingLeaf, Product
+from jlora.leaves import RANK, Labels, as_array, contract
 from jlora.lift import lift
 from jlora.lora import LoraFactors, axes_of, is_adapter, leaf_key, lorafy
 from jlora.methods.plant import entries_of, leaves_of
@@ -80,7 +80,7 @@ class Tap(FollowingLeaf):
         return tap(y, {name: self.beside[name] for name in seen}, seen)
 
     def materialise(self) -> jax.Array:
-        return self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
+        return as_array(self.w)
 
 
 def columns(mask: Any, shape: tuple[int, ...]) -> Any:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.leaves import is_implicit
+from jlora.leaves import as_array
 from jlora.lora import Adapter
 from jlora.methods.plant import leaves_of, replaced
 from jlora.tree import STACK, Targets, select, slashed
@@ -119,10 +119,7 @@ class Subspace(Adapter):
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
         """The tree of weights W0 + P(theta), arrays: the difference has no small factors to keep apart."""
         leaves = leaves_of(w)
-        arrays = {
-            name: leaves[name].materialise() if is_implicit(leaves[name]) else jnp.asarray(leaves[name])
-            for name, _ in self.chosen
-        }
+        arrays = {name: as_array(leaves[name]) for name, _ in self.chosen}
         ends = list(itertools.accumulate(x.size for x in arrays.values()))
         drawn = PROJECTIONS[self.projection](jax.random.key(self.seed), self.size * self.theta, ends[-1])
         moved = {}

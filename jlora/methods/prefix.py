@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.following import FollowingLeaf, Labels, Product
-from jlora.leaves import RANK, ImplicitLeaf, is_implicit
+from jlora.following import FollowingLeaf, Product
+from jlora.leaves import RANK, ImplicitLeaf, Labels, as_array, is_implicit
 from jlora.lora import Adapter, axes_of, leaf_key
 from jlora.methods.plant import leaves_of, plant, replaced, within
 from jlora.methods.points import POINTS, find, layout_of
@@ -52,7 +52,7 @@ class LongerTable(ImplicitLeaf):
         return self.w.dtype
 
     def materialise(self) -> jax.Array:
-        return self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
+        return as_array(self.w)
 
     def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
@@ -199,7 +199,7 @@ def embedding(
         like = jax.random.choice(leaf_key(key, table), w.shape[0], (n,), replace=n > w.shape[0])
     else:
         check_ids(np.asarray(like), n, table, w.shape[0])
-    dense = w.materialise() if is_implicit(w) else jnp.asarray(w)
+    dense = as_array(w)
     rows, network = dense[jnp.asarray(like)].astype(dtype), None
     if hidden:
         ones = jax.random.split(leaf_key(key, f"{table} network"))

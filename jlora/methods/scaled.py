@@ -6,10 +6,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jlora.following import FollowingLeaf, Labels, Product, spread
-from jlora.leaves import is_implicit
+from jlora.following import FollowingLeaf, Product, spread
+from jlora.leaves import Labels, unrounded
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +34,9 @@ class ScaledLeaf(FollowingLeaf):
         scale, labels = self.scale()
         return y * spread(scale, labels, product.out).astype(y.dtype)
 
-    def materialise(self) -> jax.Array:
+    def unrounded(self) -> jax.Array:
         scale, labels = self.scale()
-        w = self.w.materialise() if is_implicit(self.w) else jnp.asarray(self.w)
-        return (w * spread(scale, labels, tuple(range(self.ndim)))).astype(self.dtype)
+        return unrounded(self.w) * spread(scale, labels, tuple(range(self.ndim)))
+
+    def materialise(self) -> jax.Array:
+        return self.unrounded().astype(self.dtype)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.leaves import LoraLeaf, is_implicit
+from jlora.leaves import LoraLeaf, as_array
 from jlora.lora import Adapter
 from jlora.methods.plant import leaves_of, plant
 
@@ -37,7 +37,7 @@ class TokenRows(Adapter):
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> RowsLeaf:
         """The dropout of LoRA's input does not apply: nothing is multiplied before the lookup."""
         index = jnp.asarray(self.ids)
-        table = w.materialise() if is_implicit(w) else jnp.asarray(w)
+        table = as_array(w)
         columns = jax.nn.one_hot(index, table.shape[0], axis=0, dtype=self.rows.dtype)
         return RowsLeaf(w, columns, self.rows - table[index].astype(self.rows.dtype), path=path)
 
@@ -59,6 +59,6 @@ def make(params: Any, ids: Mapping[str, Sequence[int]], *, dtype: Any = jnp.floa
         if wrong or len(set(chosen)) != len(chosen) or not chosen:
             raise ValueError(f"token ids for {path} must differ and lie in 0..{size - 1}: {wrong or list(chosen)}")
         w = leaves[path]
-        table = w.materialise() if is_implicit(w) else jnp.asarray(w)
+        table = as_array(w)
         made[path] = (w, TokenRows(table[jnp.asarray(chosen)].astype(dtype), tuple(map(int, chosen))))
     return plant(params, made)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jlora.leaves import is_implicit
+from jlora.leaves import as_array, is_implicit, unstacked
 
 STACKS = ("layers", "h", "layer")
 """What the models call their layers."""
@@ -31,7 +31,7 @@ def unrolled(model: Any, params: Any) -> tuple[Any, Any]:
     if name is None or not getattr(model, "scan_layers", False):
         return model, params
     leaves, tree = jax.tree.flatten(params[name], is_leaf=is_implicit)
-    split = [leaf.unstack() if is_implicit(leaf) else (leaf, lambda row: row) for leaf in leaves]
+    split = [unstacked(leaf) or (as_array(leaf), lambda row: row) for leaf in leaves]
     count = jax.tree.leaves(split[0][0])[0].shape[0]
     rest = {key: value for key, value in params.items() if key != name}
     for n in range(count):

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.leaves import ImplicitLeaf
 from jlora.lora import axes_of
+from jlora.placing import dividing
 
 Step = tuple[str, Any]
 """What became of one matrix: ("transpose", permutation), ("reshape", sizes) or ("slice", (start, limit, strides))."""
@@ -71,8 +72,10 @@ class QuantisedLeaf(ImplicitLeaf):
         return whole if self.order is None else tuple(whole[ax] for ax in self.order)
 
     def materialise(self) -> jax.Array:
-        """The weight written out [*shape] in its dtype."""
         return written_out(dataclasses.replace(self, path="", layout=""))  # one compilation for all of this shape
+
+    def unrounded(self) -> jax.Array:
+        return dataclasses.replace(self, kind=jnp.promote_types(self.kind, jnp.float32)).materialise()
 
     def on_stack(self, change: Callable[[Any], Any], axes: int) -> QuantisedLeaf:
         """The leaf whose arrays went through `change`, which leaves `axes` stack axes."""
@@ -94,9 +97,9 @@ class QuantisedLeaf(ImplicitLeaf):
     def has_its_axes(self) -> bool:
         return self.parts["codes"].ndim >= self.stack + 2
 
-    def unstack(self) -> tuple[Any, Callable[[Any], Any]]:
+    def unstack(self) -> tuple[Any, Callable[[Any], Any]] | None:
         if not self.stack or self.order is not None:
-            return self.materialise(), lambda row: row
+            return None
         row_of = self.lowered(range(1, self.stack))
         return self.parts, lambda parts: dataclasses.replace(row_of, parts=parts)
 
@@ -174,15 +177,6 @@ def gathered(array: jax.Array, leaf: QuantisedLeaf, along: str) -> jax.Array:
     return lax.with_sharding_constraint(
         array, NamedSharding(leaf.used.mesh, dividing(array.shape, names, leaf.used.mesh))
     )
-
-
-def dividing(shape: tuple[int, ...], names: Any, mesh: Any) -> PartitionSpec:
-    """`names` without those whose devices do not divide their axis."""
-
-    def count(entry: Any) -> int:
-        return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
-
-    return PartitionSpec(*(n if size % count(n) == 0 else None for size, n in zip(shape, names, strict=False)))
 
 
 # ---------------------------------------------------------------- rules

@@ -44,6 +44,71 @@ def followed(entry, w, spec):
     return dataclasses.replace(entry, lora_a=leaf.lora_a, lora_b=leaf.lora_b)
 
 
+def lookup(w, x):
+    return w.at[jax.sharding.reshard(jnp.arange(8) * 3 % 16, P("data"))].get(out_sharding=P("data", "model"))
+
+
+WHOLE = P("data", None)
+SPLIT = {"layers": P(None, None, "model"), "up": P(None, "model"), "down": P("model", None)}
+FORMS = {
+    "a scan": lambda p, x: jax.lax.scan(
+        lambda h, w: (jnp.tanh(jax.sharding.reshard(h, WHOLE) @ w), None), jnp.tanh(x @ p["layers"][0]), p["layers"]
+    )[0],
+    "a loop": lambda p, x: jax.lax.fori_loop(
+        0, 2, lambda n, h: jnp.tanh(jax.sharding.reshard(h, WHOLE) @ p["layers"][n]), jnp.tanh(x @ p["layers"][0])
+    ),
+    "a branch": lambda p, x: jax.lax.cond(x.sum() > 0, lambda x: x @ p["up"], lambda x: x @ (2 * p["up"]), x),
+    "a lookup": lambda p, x: lookup(p["up"], x),
+    "automatic axes": lambda p, x: jax.sharding.auto_axes(jnp.dot, out_sharding=WHOLE)(x, p["up"]),
+    "a weight moved": lambda p, x: x @ jax.sharding.reshard(p["up"], P("model", None)),
+}
+
+
+def sliced(p, x):
+    """Two products over a model axis, from within a `shard_map`."""
+    return jax.lax.psum(jnp.tanh(x @ p["up"]) @ p["down"], "model")
+
+
+def against_merged(frozen, lora, mesh):
+    """Each form lifted, against itself on merged weights, in `jit`: values, gradients and types."""
+    put = lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec))
+    at, x = {path: put(w, SPLIT[path]) for path, w in frozen.items()}, put(X, WHOLE)
+    inside = {path: followed(entry, frozen[path], SPLIT[path]) for path, entry in lora.items()}
+    into = {"mesh": mesh, "out_specs": WHOLE}
+    cases = {name: (jlora.lift(f, strict=True), f, at) for name, f in FORMS.items()}
+    coded = jlora.quantise(at, "int8", layouts={"layers": "sio", "up": "io", "down": "io"})
+    cases["automatic axes, codes"] = (jlora.lift(FORMS["automatic axes"], strict=True), FORMS["automatic axes"], coded)
+    with jax.set_mesh(mesh):
+        for name, (lifted, f, base) in cases.items():
+            one = jax.jit(jax.value_and_grad(lambda lora: jnp.sin(lifted(jlora.combine(base, lora), x)).sum()))
+            two = jax.jit(jax.value_and_grad(lambda lora: jnp.sin(f(on_mesh(base, lora), x)).sum()))
+            report(name, one(lora), two(lora))
+        lifted = jax.shard_map(
+            lambda frozen, lora, x: jlora.lift(sliced, strict=True)(jlora.combine(frozen, lora), x),
+            in_specs=(SPLIT, inside, WHOLE),
+            **into,
+        )
+        plain = jax.shard_map(sliced, in_specs=(SPLIT, WHOLE), **into)
+        one = jax.jit(
+            jax.value_and_grad(
+                lambda lora: jnp.sin(lifted(at, jax.tree.map(jax.sharding.reshard, lora, inside), x)).sum()
+            )
+        )
+        two = jax.jit(jax.value_and_grad(lambda lora: jnp.sin(plain(on_mesh(at, lora), x)).sum()))
+        report("lifted inside shard_map", one(lora), two(lora))
+
+
+def on_mesh(base, lora):
+    merged = jlora.merge(base, lora)
+    return {path: jax.sharding.reshard(w, SPLIT[path]) for path, w in merged.items()}
+
+
+def report(case, got, want, lies=True):
+    pairs = zip(*map(jax.tree.leaves, (got, want)), strict=True)
+    off = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+    print(json.dumps({"case": case, "off": off, "lies": lies}))
+
+
 def main():
     frozen, lora = jlora.lorafy(PARAMS, 4, layouts={"layers": "sio", "up": "io", "down": "io"})
     lora = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size).reshape(w.shape)), lora)
@@ -61,11 +126,10 @@ def main():
             want = step(lora, frozen, X, key)
             with jax.set_mesh(mesh):
                 got = step(placed, at, put(X, rows), key)
-            pairs = list(zip(*map(jax.tree.leaves, (got, want)), strict=True))
-            off = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
             pairs = zip(jax.tree.leaves(got[1]), jax.tree.leaves(placed), strict=True)
             lies = all(g.sharding.is_equivalent_to(w.sharding, w.ndim) for g, w in pairs)
-            print(json.dumps({"case": f"{name}, factors {factors}", "off": off, "lies": lies}))
+            report(f"{name}, factors {factors}", got, want, lies)
+    against_merged(frozen, lora, mesh)
 
 
 if __name__ == "__main__":
