@@ -36,6 +36,8 @@ class DemoConfig:
     """Steps between checkpoints."""
     resume: bool = False
     """Go on from the latest checkpoint in `output`."""
+    overwrite: bool = False
+    """Begin anew in an `output` that holds a run, whose files are deleted once the new one begins."""
     dry_run: bool = False
     """Show settings, trainable table, sizes and the first example; read no weights, train nothing."""
 

@@ -204,7 +204,7 @@ def test_rows_of_text_have_no_prompt_to_answer(place, tmp_path, capsys):
     assert code == 0, err
     report = json.loads(out)
     assert report["samples"] == [] and report["after"]["tokens"] > 0
-    code, _, err = run(capsys, *args, "--metrics", "exact")
+    code, _, err = run(capsys, *args, "--overwrite", "--metrics", "exact")
     assert code == 1 and "metrics of written answers need rows of prompt and completion" in err
 
 

@@ -15,6 +15,7 @@ from jlora.io.gguf_adapter import save_gguf_adapter
 from jlora.io.load import hub_id
 from jlora.io.peft import refused_by_vllm
 from jlora.io.peft_kin import as_keys_and_values
+from jlora.io.save import refuse_used
 from jlora.lora import Together
 from jlora.methods.fused import settle
 from jlora.methods.named import MethodConfig
@@ -42,7 +43,8 @@ class ExportConfig:
 
 
 def export_command(config: ExportConfig) -> dict[str, Any]:
-    """{output}. Raises ValueError for what the form cannot hold."""
+    """{output}. Raises ValueError for what the form cannot hold, FileExistsError for a used folder or file."""
+    refuse_used(config.output)
     if config.to == "merged":
         how: dict[str, Any] = {"dtype": config.dtype, "quantise": config.quantise}
         return merge_command(MergeConfig(config.model, config.adapter, config.output, **how))

@@ -11,10 +11,43 @@ from typing import Any
 import jax
 from etils import epath
 
+from jlora.commands.settings import TrainConfig
 from jlora.train.track import RUN_ID
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", RUN_ID)
 """What a run that goes on has to know of its earlier steps."""
+MADE = ("settings.yaml", "adapter", "best", "metrics.jsonl", "samples.jsonl", "report.json", "report.html", "plot.png")
+MADE += ("bad-batch.npz",)
+"""What a run leaves in its folder beside checkpoints."""
+
+
+def refuse_used(config: TrainConfig) -> None:
+    """Raises FileExistsError where a new run would take the place of one that `output` holds, unless by `overwrite`;
+    ValueError where that would delete the adapter to go on from."""
+    target = epath.Path(config.output)
+    if config.overwrite:
+        if config.adapter and Path(config.adapter).resolve().is_relative_to(Path(config.output).resolve()):
+            raise ValueError(f"adapter = {config.adapter} is in {config.output}, which overwrite empties: move it")
+        return
+    saved = target / "checkpoints"
+    begun = saved.exists() and any(path.name.isdigit() for path in saved.glob("*"))
+    if config.resume and begun:
+        return
+    # a run that was killed before its first checkpoint is resumed at step 0
+    held = [name for name in (("adapter",) if config.resume else MADE) if (target / name).exists()]
+    if held or begun:
+        told = ", ".join([*held[:3], *(["checkpoints"] if begun else [])])
+        ways = "--resume goes on with it" if begun else "give another --output"
+        raise FileExistsError(f"{config.output} holds a run ({told}): {ways}; --overwrite puts a new one in its place")
+
+
+def empty(output: str) -> None:
+    """Delete what a run has left in `output` beside checkpoints, and nothing else."""
+    for path in (epath.Path(output) / name for name in MADE):
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jlora.data.template import template_for
 from jlora.io import Pretrained, load
 from jlora.io.adapters import load_adapter
 from jlora.io.classes import head_for, hub_classes, read_classes
-from jlora.io.save import save
+from jlora.io.save import refuse_used, save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ def read_base(model: str, adapter: str, *, quantise: str = "none", weights: bool
 
 def merge_command(config: MergeConfig) -> dict[str, Any]:
     """{output, tensors, bytes}. Raises ValueError where the adapter does not fit, FileExistsError for a used folder."""
+    refuse_used(config.output)
     base, head = read_base(config.model, config.adapter, quantise=config.quantise)
     frozen, lora, _ = load_adapter(base, config.adapter)
     return save(

@@ -126,6 +126,8 @@ class TrainConfig(MethodConfig, Source):
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
     resume: bool = False
     """Go on from the latest checkpoint in `output`."""
+    overwrite: bool = False
+    """Begin anew in an `output` that holds a run, whose files are deleted once the new one begins."""
     force: bool = False
     """Resume although settings of data, rates or loss differ; model and adapter must be the same all the same."""
     dry_run: bool = False
@@ -135,7 +137,7 @@ class TrainConfig(MethodConfig, Source):
 
 
 RUN_ONLY = ("output", "mesh", "resume", "save_every", "eval_every", "samples", "dry_run", "topology", "force", "track")
-RUN_ONLY += ("metrics", "metric_rows", "max_new_tokens")
+RUN_ONLY += ("overwrite", "metrics", "metric_rows", "max_new_tokens")
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
 FIXED = ("model", "adapter", "optimiser", "dtype", "quantise", "loss", "labels")
@@ -254,6 +256,8 @@ def check(config: TrainConfig) -> None:
     for name in () if config.loss == "answers" else SHAPING:
         if getattr(config, name):
             raise ValueError(f"{name} = {getattr(config, name)}: loss {config.loss} has no such term, leave it out")
+    if config.resume and config.overwrite:
+        raise ValueError("resume goes on with the run in output, overwrite puts a new one in its place: give one of them")
     if config.topology and not config.dry_run:
         raise ValueError(f"topology = {config.topology!r} is what a dry run compiles for: give dry_run too")
 

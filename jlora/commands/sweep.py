@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import jlora
+from jlora.commands.folder import empty, refuse_used
 from jlora.commands.parts import keeper, made_by, rates
 from jlora.commands.report import write_json
 from jlora.commands.settings import TrainConfig, as_field, check, save_settings, say
@@ -50,7 +51,7 @@ def trials_of(config: SweepConfig) -> list[tuple[str, TrainConfig]]:
         axes.append([(name, read(text, kinds[name], f"grid {line!r}")) for text in values.split(",")])
     if not axes:
         raise ValueError("a sweep needs a grid: --grid rank=4,8 learning_rate=1e-3,3e-4")
-    plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)} | {"overwrite": False}
     out = []
     for n, choice in enumerate(itertools.product(*axes)):
         name = "-".join(
@@ -97,6 +98,8 @@ def sweep_command(config: SweepConfig) -> dict[str, Any]:
     judge = make_eval_step(objective)
     score = lambda trained, one: evaluate(judge, trained, frozen, one.tests.iterator()) if one.tests else {}
     before = [score(trained, one) for (_, trained), one in zip(grown, parts, strict=True)]
+    for folder in (config.output, *(settings.output for _, settings in trials)):
+        empty(folder)
     metrics, began = Metrics(out / "metrics.jsonl"), time.monotonic()
     state = init_sweep(stacked, tx)
     with Reporter(steps, label="training") as bar:
@@ -131,7 +134,8 @@ def sweep_command(config: SweepConfig) -> dict[str, Any]:
 
 
 def refuse(config: SweepConfig, trials: list[tuple[str, TrainConfig]]) -> None:
-    """Raises ValueError for what cannot go into one program."""
+    """Raises ValueError for what cannot go into one program, FileExistsError for an output that holds another run."""
+    refuse_used(config)
     for name in ("adapter", "resume", "packing", "eval_every", "patience", "metrics", "track", "dry_run"):
         if getattr(config, name):
             raise ValueError(f"a sweep has no {name}: train the trial that you want by itself")

@@ -15,7 +15,7 @@ import jlora
 from jlora.commands.data import statistics
 from jlora.commands.dry import describe
 from jlora.commands.examine import Examiner
-from jlora.commands.folder import run_folder, told
+from jlora.commands.folder import empty, refuse_used, run_folder, told
 from jlora.commands.html import write_page
 from jlora.commands.parts import going_on, keeper, made_by, rows_of
 from jlora.commands.report import picture, write_json
@@ -35,9 +35,12 @@ from jlora.train.report import Reporter
 def train(config: TrainConfig) -> dict[str, Any]:
     """Run it. Returns {before, after (loss, exact, first ...), samples, adapter, plot}; figures on stderr as they come.
 
-    Raises ValueError for bad settings, rows, or a resumption under other settings, and what `load` raises.
+    Raises ValueError for bad settings, rows, or a resumption under other settings, FileExistsError for a folder that
+    holds another run, and what `load` raises.
     """
     check(config)
+    if not config.dry_run:
+        refuse_used(config)
     config = going_on(config)
     for name in config.metrics:
         text_metric(name)
@@ -127,7 +130,7 @@ def run(
     checkpoints, state = opened(config, task.digest(examples), state, batches, publish)
     watch = watching(int(state.step))
     with closing(watch.tracker):
-        save_settings(dataclasses.replace(config, resume=False, force=False), watch.out / "settings.yaml")
+        save_settings(dataclasses.replace(config, resume=False, overwrite=False, force=False), watch.out / "settings.yaml")
         report, state = fitted(config, examiner, watch, task.spread.step(step), state, batches, checkpoints, steps)
     return {
         **report,
@@ -198,6 +201,8 @@ def opened(
     found = checkpoints.restore(state, allow=loose) if config.resume else None
     if found is None:
         checkpoints.clear()
+        if jax.process_index() == 0:
+            empty(config.output)
         return checkpoints, state
     batches.set_state(found[1])
     say(f"going on at step {int(found[0].step)}")

@@ -39,8 +39,7 @@ def save(
     Raises FileExistsError if `folder` exists and is not empty, OSError naming it if it cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: give another folder")
+    refuse_used(folder)
     told = {**hub_config(base, dtype), **(config or {})}
     with filled(folder) as beside:
         total = write_shards(beside, hub_arrays(base.tensors, params, dtype), shard_bytes)
@@ -56,6 +55,13 @@ def save(
             ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": eos}
             (beside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
     return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
+
+
+def refuse_used(path: str | Path) -> None:
+    """Raises FileExistsError for a file, or a folder that is not empty: what is there would be lost, or mixed up."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty: give another output")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,65 @@ def test_a_forced_resumption_is_not_kept_in_the_settings(tmp_path):
     main([*args, "--resume", "--force", "--learning-rate", "0.1"])
     held = yaml.safe_load((out / "settings.yaml").read_text())
     assert (held["learning_rate"], held["resume"], held["force"]) == (0.1, False, False)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_takes_no_other_run_s_folder_but_when_told(tmp_path, capsys):
+    out, kept = tmp_path / "run", tmp_path / "run" / "notes.txt"
+    args = ["--data", rows(tmp_path, 8), "--output", str(out), "--batch", "4", "--buckets", "1", "--samples", "0"]
+    args = ["train", "--model", small_model(tmp_path / "model"), *args]
+    main([*args, "--steps", "2", "--eval-data", str(tmp_path / "rows.jsonl"), "--eval-every", "1"])
+    kept.write_text("mine")
+    held = files(out)
+
+    def refused(*more):
+        with pytest.raises(SystemExit, match="1"):
+            main([*args, "--steps", "2", *more])
+        assert files(out) == held
+        return capsys.readouterr().err
+
+    assert "run holds a run (settings.yaml, adapter, best, checkpoints): --resume goes on with it" in refused()
+    assert "give one of them" in refused("--resume", "--overwrite")
+    assert "adapter = " in (said := refused("--adapter", str(out / "adapter"), "--overwrite")) and "empties" in said
+    assert "no such data file" in refused("--overwrite", "--data", "nowhere.jsonl")  # which is found out before
+    main([*args, "--steps", "1", "--overwrite"])
+    assert kept.exists() and not (out / "best").exists() and (out / "adapter").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit()] == ["1"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert yaml.safe_load((out / "settings.yaml").read_text())["overwrite"] is False
+    shutil.rmtree(out / "checkpoints")
+    held = files(out)
+    assert "run holds a run (adapter): give another --output" in refused("--resume")
+    shutil.rmtree(out / "adapter")  # as if killed before the first checkpoint
+    main([*args, "--steps", "1", "--resume"])
+
+
+def test_a_sweep_takes_no_other_run_s_folder_but_when_told(tmp_path, capsys):
+    out = tmp_path / "sweep"
+    args = ["sweep", "--model", small_model(tmp_path / "model"), "--data", rows(tmp_path, 8), "--output", str(out)]
+    args += ["--batch", "4", "--buckets", "1", "--steps", "1"]
+    main([*args, "--grid", "rank=1,2"])
+    held = files(out)
+    with pytest.raises(SystemExit, match="1"):
+        main([*args, "--grid", "rank=3,4"])
+    assert "sweep holds a run (metrics.jsonl, report.json)" in capsys.readouterr().err and files(out) == held
+    main([*args, "--grid", "rank=3,4", "--overwrite"])
+    assert yaml.safe_load((out / "1-rank=4" / "settings.yaml").read_text())["overwrite"] is False
+
+
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_an_export_overwrites_nothing(form, tmp_path, capsys):
+    out = tmp_path / "out"
+    if form == "peft":
+        out.mkdir()
+    held = out / "adapter_config.json" if form == "peft" else out
+    held.write_text("mine")
+    with pytest.raises(SystemExit, match="1"):  # before anything is read
+        main(["export", "--model", "no/model", "--adapter", "none", "--output", str(out), "--to", form])
+    assert f"{out} exists" in capsys.readouterr().err and held.read_text() == "mine"
 
 
 def test_the_rows_that_are_trained_on_are_not_evaluated_on():
