@@ -35,7 +35,7 @@ def page(report: dict[str, Any], records: list[dict[str, Any]], settings: dict[s
     """The page of one run. `records` as `Metrics.read` gives them."""
     steps, held = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
     ends = [{"step": at, **report[name]} for name, at in (("before", 0), ("after", report["step"])) if name in report]
-    held = sorted([*held, *ends], key=lambda r: r["step"])
+    held = sorted({r["step"]: r for r in [*held, *ends]}.values(), key=lambda r: r["step"])
     parts = [f"<h1>{escape(str(settings.get('output', 'run')))}</h1>"]
     parts.append(f"<p>{escape(str(settings['model']))} on {escape(str(settings['data']))}, {report['step']} steps</p>")
     lines = [(r["step"], r["loss"]) for r in steps if r["step"]]

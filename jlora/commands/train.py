@@ -164,6 +164,8 @@ def fitted(
 
     report: dict[str, Any] = {"before": examiner.before()} if examiner.testing else {}
     if not int(state.step):
+        if examiner.testing:
+            watch.evaluated(0, report["before"], state.trained)
         watch.sampled(0, examiner.shown, examiner.answers(examiner.base, examiner.base.params))
     # a run that was told to end, or did, before the evaluation of its last step
     ended = watch.best.enough(config.patience) or (watch.due(int(state.step)) and after(state, examiner.stop))
@@ -179,9 +181,9 @@ def fitted(
     report |= {"step": number, "pace": watch.pace.figures(), "skipped": watch.skipped()}
     if examiner.testing:
         report["after"] = examiner.full("after", state.trained)
+        if not watch.made(number):
+            watch.evaluated(number, report["after"], state.trained)
         if config.eval_every:
-            if watch.best.better(number, report["after"]["loss"]):
-                watch.save(watch.out / "best", state.trained, {"step": number})
             report["best"] = {"step": watch.best.step, "loss": watch.best.loss}
     texts = examiner.answers_now(state.trained)
     watch.sampled(number, examiner.shown, texts)

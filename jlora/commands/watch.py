@@ -46,13 +46,16 @@ class Watch:
             self.bar.update(record["step"], f"loss {record['loss']:.3f}  {right}  {self.pace}")
 
     def evaluated(self, step: int, figures: dict[str, float], trained: Any) -> bool:
-        """Figures of held-out rows; whether the run should end early. The best adapter so far is kept."""
-        better = self.best.better(step, figures["loss"])
-        if better:  # before its record, by which a run that goes on knows that it is saved
+        """Figures of held-out rows; whether the run should end early. With `eval_every` the best adapter so far is
+        kept; that of step 0 is none."""
+        record: dict[str, Any] = {"step": step, **figures}
+        if self.config.eval_every and step:
+            record["kept"] = self.best.better(step, figures["loss"])
+        if record.get("kept"):  # before its record, by which a run that goes on knows that it is saved
             self.save(self.out / "best", trained, {"step": step})
-        self.metrics.write("eval", {"step": step, **figures})
+        self.metrics.write("eval", record)
         self.tracker.write("eval", step, figures)
-        if better:
+        if record.get("kept"):
             self.publish()
         return self.best.enough(self.config.patience)
 
@@ -64,8 +67,11 @@ class Watch:
     def due(self, step: int) -> bool:
         """Whether an evaluation belongs to this step, and was not made yet."""
         every = self.config.eval_every
-        made = any(r["kind"] == "eval" and r["step"] == step for r in self.metrics.read()) if every else True
-        return not made and step > 0 and step % every == 0
+        return every > 0 and step > 0 and step % every == 0 and not self.made(step)
+
+    def made(self, step: int) -> bool:
+        """Whether there is an evaluation of this step."""
+        return any(r["kind"] == "eval" and r["step"] == step for r in self.metrics.read())
 
     def keep_bad(self, batch: Any) -> str:
         """Write down the batch on which a run broke."""

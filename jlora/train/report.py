@@ -46,11 +46,14 @@ class Best:
 
     @classmethod
     def of(cls, records: list[dict[str, Any]]) -> Best:
-        """As the evaluations among `records` left it, so that a resumed run stops where the first would have."""
+        """As the evaluations among `records` left it (`kept`: whether one's adapter was kept as the best), so that a
+        resumed run stops where the first would have."""
         best = cls()
         for record in records:
-            if record["kind"] == "eval":
-                best.better(record["step"], record["loss"])
+            if record.get("kept"):
+                best.loss, best.step, best.since = record["loss"], record["step"], 0
+            elif "kept" in record:
+                best.since += 1
         return best
 
     def better(self, step: int, loss: float) -> bool:

@@ -55,6 +55,28 @@ def test_a_forced_resumption_is_not_kept_in_the_settings(tmp_path):
     assert (held["learning_rate"], held["resume"], held["force"]) == (0.1, False, False)
 
 
+def test_the_first_and_last_evaluations_are_written_down_and_count_when_a_run_is_extended(tmp_path):
+    out, data = tmp_path / "run", rows(tmp_path, 8)
+    args = ["train", "--model", small_model(tmp_path / "model"), "--data", data, "--eval-data", data, "--warmup", "0"]
+    args += ["--output", str(out), "--eval-every", "3", "--batch", "8", "--buckets", "1", "--samples", "0"]
+
+    def left():
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        found = {line["step"]: (line["loss"], line.get("kept")) for line in lines if line["kind"] == "eval"}
+        return json.loads((out / "report.json").read_text()), found, files(out / "best")
+
+    main([*args, "--steps", "4", "--learning-rate", "0.02"])
+    report, found, best = left()
+    losses = {step: loss for step, (loss, _) in found.items()}
+    assert found == {0: (report["before"]["loss"], None), 3: (losses[3], True), 4: (report["after"]["loss"], True)}
+    assert report["best"] == {"step": 4, "loss": losses[4]}
+    main([*args, "--steps", "6", "--learning-rate", "3", "--resume", "--force"])
+    again, found, still = left()
+    assert found[6][0] > losses[4]
+    assert found[6] == (again["after"]["loss"], False) and [*found] == [0, 3, 4, 6]
+    assert again["best"] == report["best"] and still == best
+
+
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
