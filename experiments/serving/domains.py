@@ -47,7 +47,7 @@ def crossed(configs: dict[str, TrainConfig], rows: int, kept: Path, more: dict[s
     judge = task.judge(base)
     tests = {}
     for domain, config in configs.items():
-        held_out = split_rows(rows_of(config, config.data), config.held_out, config.seed)[1][:rows]
+        held_out = split_rows(rows_of(config, config.data), config.held_out, config.held_out_seed)[1][:rows]
         tests[domain] = task.testing(task.examples(held_out, base, domain))
     table: Table = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     folders = {name: Path(config.output) / "adapter" for name, config in configs.items()} | (more or {})

@@ -52,7 +52,9 @@ class TrainConfig(MethodConfig, Source):
     eval_split: str = "test"
     """Of a Hub set that is `eval_data`."""
     held_out: int = 0
-    """Rows taken out of `data`, at random by the seed, to evaluate on."""
+    """Rows taken out of `data`, at random by `held_out_seed`, to evaluate on."""
+    held_out_seed: int = 0
+    """Which rows these are: the same under every `seed`."""
     steps: int = 0
     """Optimiser steps; 0: as many as `epochs` take."""
     epochs: float = 1.0

@@ -111,7 +111,7 @@ def rows_to_use(config: TrainConfig) -> tuple[list[Row], list[Row]]:
         return rows, rows_of(config, config.eval_data, judged=True)
     if config.held_out >= len(rows):
         raise ValueError(f"held_out = {config.held_out} leaves nothing of the {len(rows)} rows of {config.data}")
-    return split_rows(rows, config.held_out, config.seed) if config.held_out else (rows, [])
+    return split_rows(rows, config.held_out, config.held_out_seed) if config.held_out else (rows, [])
 
 
 def run(

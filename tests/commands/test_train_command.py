@@ -11,6 +11,7 @@ import yaml
 
 from jlora.cli import main
 from jlora.commands.settings import TrainConfig, check
+from jlora.commands.sweep import SweepConfig, trials_of
 from jlora.commands.train import rows_to_use
 from tests.small import rows, small_model
 
@@ -134,6 +135,15 @@ def test_an_export_overwrites_nothing(form, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):  # before anything is read
         main(["export", "--model", "no/model", "--adapter", "none", "--output", str(out), "--to", form])
     assert f"{out} exists" in capsys.readouterr().err and held.read_text() == "mine"
+
+
+def test_every_seed_and_every_trial_of_a_sweep_is_judged_on_the_same_rows(tmp_path):
+    data = rows(tmp_path, 40)
+    split = lambda config: [[row.where for row in part] for part in rows_to_use(config)]
+    sweep = SweepConfig("m", data, held_out=8, grid=("seed=0,1,2", "rank=2,4"))
+    first, *others = [split(trial) for _, trial in trials_of(sweep)]
+    assert len(first[1]) == 8 and all(other == first for other in others)
+    assert split(TrainConfig("m", data, held_out=8, held_out_seed=1))[1] != first[1]
 
 
 def test_the_rows_that_are_trained_on_are_not_evaluated_on():
