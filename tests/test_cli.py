@@ -195,6 +195,23 @@ def test_chat_rows(place, tmp_path, capsys):
     assert "user : good film <|im_end|> <|im_start|> assistant :«positive <|im_end|>»" in err
 
 
+def test_answers_of_chats_are_written_and_measured(place, tmp_path, capsys):
+    data, turn = tmp_path / "chats.jsonl", lambda role, text: {"role": role, "content": text}
+    moods = [("good", "positive"), ("bad", "negative")] * 4
+    chats = ([turn("user", f"{word} film"), turn("assistant", answer)] for word, answer in moods)
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    common = ["--json", "--model", place["model"], "--data", str(data), "--metrics", "exact", "--max-new-tokens", "2"]
+    args = ["--eval-data", str(data), "--learning-rate", "0.03", "--warmup", "0", "--buckets", "1", "--samples", "2"]
+    code, out, err = run(capsys, "train", *common, *args, "--steps", "30", "--output", str(tmp_path / "run"))
+    assert code == 0, err
+    report = json.loads(out)
+    assert [(one["want"], one["after"]) for one in report["samples"]] == [(answer, answer) for _, answer in moods[:2]]
+    assert "good film <|im_end|> <|im_start|> assistant :" in report["samples"][0]["prompt"]
+    assert "after, 2 written answers: exact answer 100.0%" in err
+    code, out, err = run(capsys, "eval", *common, "--adapter", str(tmp_path / "run" / "adapter"), "--draws", "2")
+    assert code == 0 and json.loads(out)["adapter"]["exact"] == 1, err
+
+
 def test_rows_of_text_have_no_prompt_to_answer(place, tmp_path, capsys):
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": f"good film {'bad ' * n}"}) + "\n" for n in range(6)))

@@ -14,6 +14,7 @@ from jlora.commands.tasks import Answers, Labels, Pairs, task_of
 from jlora.commands.tasks.labels import predictions
 from jlora.commands.written import questions, write
 from jlora.data import BatchSource, Columns, Row, bucket_lengths, read_rows
+from jlora.data.tokens import posed
 from jlora.io import Pretrained
 from jlora.io.adapters import load_adapter
 from jlora.methods.columns import reading
@@ -132,7 +133,9 @@ def of_answers(
     # in the given order, one shape: pairs must stay together
     lengths = bucket_lengths(sequences, 1 if paired else config.buckets)
     testing = BatchSource(sequences, config.batch, lengths)
-    references = questions(rows) if config.metrics else {}
+    base, _ = models["base"]
+    asked = [posed(row, base.tokenizer, base.ends) for row in rows] if config.metrics else []
+    references = questions(asked, base.tokenizer)
     for name, (model, params) in models.items():
         each = jax.jit(jlora.lift(example_sums(model.model)))
         measure, held = of_sums(name, lambda batch, each=each, params=params: each(params, batch), testing)

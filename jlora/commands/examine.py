@@ -11,8 +11,9 @@ import jlora
 from jlora.commands.parts import answer
 from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks import Answers
-from jlora.commands.written import questions, scores, write
+from jlora.commands.written import Prompt, questions, scores, write
 from jlora.data import Row
+from jlora.data.tokens import posed
 from jlora.io import Pretrained
 from jlora.methods.columns import reading
 from jlora.train.loop import Interrupted, Stop
@@ -32,7 +33,7 @@ class Examiner:
         self.judge = task.judge(self.tuned)
         self.testing: Any = None
         self.shown: list[Row] = []
-        self.asked: dict[str, list[str]] = {}
+        self.asked: dict[Prompt, list[str]] = {}
         self.stop: Stop = lambda: False
 
     def ask(self, tests: list[Any], rows: list[Row], stop: Stop) -> None:
@@ -40,9 +41,11 @@ class Examiner:
         self.testing, self.stop = self.task.testing(tests) if tests else None, stop
         # answers are written by one process, which does not hold the whole model where there are more
         alone = self.task.asked(rows) if jax.process_count() == 1 else []
-        self.shown = alone[: self.config.samples]
+        pose = lambda some: [posed(row, self.base.tokenizer, self.base.ends) for row in some]
+        self.shown = pose(alone[: self.config.samples])
         if self.config.metrics and self.task.head is None and jax.process_count() == 1:
-            self.asked = dict(list(questions(alone or rows).items())[: self.config.metric_rows])
+            found = questions(pose(alone or rows), self.base.tokenizer)
+            self.asked = dict(list(found.items())[: self.config.metric_rows])
 
     def before(self) -> dict[str, float]:
         """`full` of the base, or of the adapter to go on from."""

@@ -12,7 +12,7 @@ import optax
 
 import jlora
 from jlora.commands.settings import TrainConfig
-from jlora.commands.written import prompts_of
+from jlora.commands.written import prompt_of, prompts_of
 from jlora.data import BatchSource, Columns, Example, PackedSource, Row, bucket_lengths, read_rows
 from jlora.generate import GenerateConfig, generate_text
 from jlora.inits import CHANGES_BASE
@@ -149,6 +149,6 @@ def answer(base: Pretrained, params: Any, row: Row) -> str:
     """What the model writes after a row's prompt, greedily, as long as the wanted answer and a little more."""
     room = len(base.tokenizer(row.completion)["input_ids"]) + 6
     how = GenerateConfig(max_new_tokens=min(room, 128), end=base.ends)
-    asked = prompts_of(base, [row.prompt], how.max_new_tokens)
+    asked = prompts_of(base, [prompt_of(row, base.tokenizer)], how.max_new_tokens)
     (text,) = generate_text(base.model, params, base.tokenizer, asked, how)
     return text

@@ -259,7 +259,9 @@ def check(config: TrainConfig) -> None:
         if getattr(config, name):
             raise ValueError(f"{name} = {getattr(config, name)}: loss {config.loss} has no such term, leave it out")
     if config.resume and config.overwrite:
-        raise ValueError("resume goes on with the run in output, overwrite puts a new one in its place: give one of them")
+        raise ValueError(
+            "resume goes on with the run in output, overwrite puts a new one in its place: give one of them"
+        )
     if config.topology and not config.dry_run:
         raise ValueError(f"topology = {config.topology!r} is what a dry run compiles for: give dry_run too")
 

@@ -130,7 +130,9 @@ def run(
     checkpoints, state = opened(config, task.digest(examples), state, batches, publish)
     watch = watching(int(state.step))
     with closing(watch.tracker):
-        save_settings(dataclasses.replace(config, resume=False, overwrite=False, force=False), watch.out / "settings.yaml")
+        save_settings(
+            dataclasses.replace(config, resume=False, overwrite=False, force=False), watch.out / "settings.yaml"
+        )
         report, state = fitted(config, examiner, watch, task.spread.step(step), state, batches, checkpoints, steps)
     return {
         **report,

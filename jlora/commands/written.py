@@ -7,30 +7,40 @@ from typing import Any
 
 from jlora.commands.settings import say
 from jlora.data import Row
-from jlora.data.tokens import kept, prompt_ids
+from jlora.data.tokens import kept, prompt_ids, text_ids
 from jlora.generate import GenerateConfig, generate_text, most_tokens
 from jlora.io import Pretrained
 from jlora.train.loop import Interrupted, Stop
 from jlora.train.metrics import text_metric
 
+Prompt = str | tuple[int, ...]
+"""A text that is read as in training, or tokens."""
 
-def questions(rows: Sequence[Row]) -> dict[str, list[str]]:
+
+def prompt_of(row: Row, tokenizer: Any) -> Prompt:
+    """A row's prompt; that of a chat (`posed`), whose template writes all there is to read, by its tokens."""
+    return tuple(text_ids(tokenizer, row.prompt)) if row.messages else row.prompt
+
+
+def questions(rows: Sequence[Row], tokenizer: Any = None) -> dict[Prompt, list[str]]:
     """The wanted answers of each prompt: rows of one prompt are one question with several references.
 
-    Raises ValueError for a row that is not a prompt and an answer.
+    tokenizer: for chats, which are `posed`. Raises ValueError for a row that is not a prompt and an answer.
     """
-    references: dict[str, list[str]] = {}
+    references: dict[Prompt, list[str]] = {}
     for row in rows:
-        if row.kind != "answer":
-            raise ValueError(f"{row.where}: metrics of written answers need rows of prompt and completion")
-        references.setdefault(row.prompt, []).append(row.completion.strip())
+        if row.kind not in ("answer", "chat"):
+            raise ValueError(
+                f"{row.where}: metrics of written answers need rows of prompt and completion, or of messages"
+            )
+        references.setdefault(prompt_of(row, tokenizer), []).append(row.completion.strip())
     return references
 
 
 def write(
     base: Pretrained,
     params: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     batch: int,
@@ -48,10 +58,11 @@ def write(
     return texts
 
 
-def prompts_of(base: Pretrained, texts: Sequence[str], new: int) -> list[list[int]]:
+def prompts_of(base: Pretrained, prompts: Sequence[Prompt], new: int) -> list[list[int]]:
     """The prompts' tokens; where the model has fewer positions than they and `new` take, the last of them, as in
     training."""
-    most, rows = most_tokens(base.model), [prompt_ids(base.tokenizer, text) for text in texts]
+    most = most_tokens(base.model)
+    rows = [prompt_ids(base.tokenizer, asked) if isinstance(asked, str) else [*asked] for asked in prompts]
     bos = getattr(base.tokenizer, "bos_token_id", None)
     return rows if most is None else [[row[n] for n in kept(row, max(most - new, 1), bos)] for row in rows]
 

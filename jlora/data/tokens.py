@@ -118,6 +118,16 @@ def answers(row: Row, tokenizer: Any) -> Iterator[tuple[Message, str, str, Seque
             yield message, before, text, words
 
 
+def posed(row: Row, tokenizer: Any, ends: Sequence[int]) -> Row:
+    """A chat with its last learnt answer as `completion`, without special tokens, and as `prompt` the text that the
+    model reads before it; another row as it is. Raises what `answers` does."""
+    if not row.messages:
+        return row
+    before, text = [(before, text) for turn, before, text, _ in answers(row, tokenizer) if turn.get("weight") != 0][-1]
+    said, _ = ended(continued(tokenizer, before, text[len(before) :]), [], ends)
+    return dataclasses.replace(row, prompt=before, completion=tokenizer.decode(said, skip_special_tokens=True))
+
+
 def answer_in(before: str, after: str) -> tuple[str, Sequence[Span]] | None:
     """(the text with an answer, where in it the model's own words stand). before: the prompt, with which it begins;
     after: the template's text with the answer. None where that neither begins with the prompt nor is marked."""

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from jlora.commands.settings import TrainConfig
 from jlora.commands.tasks import Answers, Labels, Pairs
-from jlora.data import DataError, Example, Row, packing
+from jlora.commands.written import prompts_of, questions
+from jlora.data import DataError, Example, Row, packing, tokenise
+from jlora.data.tokens import posed
 from jlora.io import Pretrained
 from tests.small import tokenizer
 
@@ -25,9 +28,30 @@ def test_a_run_s_examples_are_packed_once(settings, steps, monkeypatch):
     np.testing.assert_array_equal(source[1]["tokens"], Answers(config).training(EXAMPLES, steps)[1]["tokens"])
 
 
-def test_only_a_prompt_is_answered():
+def test_only_a_prompt_or_a_chat_is_answered():
     rows = [Row(completion="text"), Row("ask", "answer"), Row(messages=({"role": "assistant", "content": "chat"},))]
-    assert Answers(TrainConfig("m", "d")).asked(rows) == rows[1:2]
+    assert Answers(TrainConfig("m", "d")).asked(rows) == rows[1:]
+
+
+def test_a_chat_is_asked_as_it_is_trained_on():
+    words = tokenizer()
+    words.bos_token = "Review"  # which the template does not write, and a plain prompt begins with
+    begins = processors.TemplateProcessing(single="Review $A", special_tokens=[("Review", 3)])
+    words.backend_tokenizer.post_processor = begins
+    said = (("user", "bad", 1), ("assistant", "negative", 1), ("user", "good film", 1), ("assistant", "positive", 1))
+    turns = tuple({"role": role, "content": text, "weight": weight} for role, text, weight in said)
+    base = Pretrained(SimpleNamespace(), None, None, words, "m", [])
+    for row, want in ((Row(messages=turns), "positive"), (Row(messages=turns[:2]), "negative")):
+        asked, example = posed(row, words, base.ends), tokenise(row, words, base.ends)
+        ((prompt, references),) = questions([asked], words).items()
+        assert asked.prompt.endswith("<|im_start|> assistant : ") and references == [want]
+        (tokens,) = prompts_of(base, [prompt], 4)
+        assert tokens == example.tokens[:-2].tolist()  # less the answer's word and its end
+    assert prompts_of(base, ["good"], 4) == [[3, 5]]
+    unlearnt = Row(messages=(*turns[:3], {**turns[3], "weight": 0}))
+    assert posed(unlearnt, words, base.ends).completion == "negative"
+    with pytest.raises(ValueError, match="x:1: metrics of written answers need rows of prompt and completion, or of"):
+        questions([Row(completion="text", where="x:1")])
 
 
 def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not(tmp_path):

@@ -148,7 +148,7 @@ class Answers:
 
     def asked(self, rows: list[Row]) -> list[Row]:
         """The rows whose prompts a model can answer."""
-        return [row for row in rows if row.prompt]
+        return [row for row in rows if row.prompt or row.messages]
 
     def beside(self, folder: Path) -> None:
         """Write what else belongs into an adapter's folder."""
