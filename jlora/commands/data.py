@@ -56,7 +56,9 @@ def data_command(config: DataConfig) -> dict[str, Any]:
     if base.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     base = base.speaking(template_for(config.chat_template, None))
-    examples, _ = tokenise_rows(rows, base.tokenizer, sys.maxsize, base.ends)
+    texts = [row for row in rows if row.kind == "text"]
+    examples, _ = tokenise_rows([row for row in rows if row.kind != "text"], base.tokenizer, sys.maxsize, base.ends)
+    examples += tokenise_rows(texts, base.tokenizer, config.max_length, base.ends)[0]  # in pieces, of which none is cut
     colour = sys.stderr.isatty()
     for row in rows[: config.show]:
         for example in examples_of(row, base.tokenizer, base.ends):

@@ -66,7 +66,7 @@ class TrainConfig(MethodConfig, Source):
     """File of Jinja in place of the tokenizer's chat template; it is kept beside the adapter, which is then used by it.
     Without, that of `adapter`."""
     max_length: int = 512
-    """Tokens; longer examples are cut on the left, and counted."""
+    """Tokens; longer examples are cut on the left, and counted; longer texts are taken in pieces."""
     buckets: int = 4
     """Padded lengths, so compiled shapes."""
     packing: bool = False

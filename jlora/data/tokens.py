@@ -158,12 +158,29 @@ def tokenise_rows(
 ) -> tuple[list[Example], int]:
     """(examples of at most `max_length` tokens, how many were cut), as `examples_of`, or as `tokenise` if `single`.
 
-    A cut drops the left of a prompt, but not its begin token, and never an answer's end; a row whose answer alone is
-    longer keeps the answer's last tokens."""
+    A text is not cut but taken in `pieces`, if not `single`. A cut drops the left of a prompt, but not its begin token,
+    and never an answer's end; a row whose answer alone is longer keeps the answer's last tokens."""
     read = (lambda *row: [tokenise(*row)]) if single else examples_of
-    found = [example for row in rows for example in read(row, tokenizer, ends)]
-    bos, cut = getattr(tokenizer, "bos_token_id", None), sum(len(example.tokens) > max_length for example in found)
-    return [shortened(example, max_length, bos) for example in found], cut
+    bos, cut = getattr(tokenizer, "bos_token_id", None), 0
+    found: list[Example] = []
+    for row in rows:
+        for example in read(row, tokenizer, ends):
+            if row.kind == "text" and not single and 1 < max_length < len(example.tokens):
+                found += pieces(example, max_length, bos)
+            else:
+                found.append(shortened(example, max_length, bos))
+                cut += len(example.tokens) > max_length
+    return found, cut
+
+
+def pieces(example: Example, most: int, bos: int | None) -> list[Example]:
+    """A text as examples of at most so many tokens, in which every token but its first is learnt once: each begins with
+    the begin token, if the text does, else with the last token of the one before."""
+    tokens, found = example.tokens, []
+    for at in range(1, len(tokens), most - 1):
+        some = np.r_[0 if tokens[0] == bos else at - 1, at : min(at + most - 1, len(tokens))]
+        found.append(Example(tokens[some], np.r_[False, example.loss_mask[some[1:]]]))
+    return found
 
 
 def kept(tokens: Any, most: int, bos: int | None) -> np.ndarray:

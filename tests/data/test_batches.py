@@ -81,6 +81,23 @@ def test_a_cut_keeps_the_answer_and_is_counted():
     assert cut == 1 and text_of(examples[0].tokens) == "efg$" and text_of(examples[1].tokens) == "ab$"
 
 
+@pytest.mark.parametrize("bos", [None, 1])
+@pytest.mark.parametrize("most", [2, 3, 4, 5, 11, 12])
+def test_a_long_text_is_taken_in_pieces_and_every_token_is_learnt_once(bos, most):
+    words, text = CharTokenizer(), "abcdefghij"
+    words.bos_token_id = bos
+    whole = tokenise(Row(completion=text), words)
+    found, cut = tokenise_rows([Row("ask", "b"), Row(completion=text)], words, most)
+    assert cut == (most < 5) and len(found[0].tokens) == min(most, 5)
+    learnt = np.concatenate([piece.tokens[1:][piece.loss_mask[1:]] for piece in found[1:]])
+    np.testing.assert_array_equal(learnt, whole.tokens[1:])
+    assert all(len(piece.tokens) == most for piece in found[1:-1])
+    before = [int(whole.tokens[0]), *(bos or int(piece.tokens[-1]) for piece in found[1:-1])]
+    assert [int(piece.tokens[0]) for piece in found[1:]] == before
+    ((side,), cut) = tokenise_rows([Row(completion=text)], words, 4, single=True)
+    assert len(side.tokens) == 4 and cut == 1
+
+
 def test_a_cut_keeps_the_begin_token_and_learns_no_half_answer():
     words = CharTokenizer()
     words.begins = True
