@@ -91,6 +91,11 @@ class TrainConfig(MethodConfig, Source):
     """DPO's beta, ORPO's weight of the odds ratio."""
     labels: Literal["auto", "classes", "numbers"] = "auto"
     """What labels are; auto: numbers where all are and one has a decimal point."""
+    class_weights: tuple[str, ...] = ()
+    """Of labels that are classes: what a row's loss is multiplied by, CLASS=WEIGHT each (1 where none is given), or
+    balanced: n rows of k classes over k times the rows of its own."""
+    completion_only_loss: bool = True
+    """Of answers; without, the prompt is learnt too, and in chats all that is said."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     """Weight of log(Z)^2."""
@@ -255,6 +260,8 @@ def check(config: TrainConfig) -> None:
     for name in () if config.eval_data or config.held_out else ("eval_every", "metrics"):
         if getattr(config, name):
             raise ValueError(f"{name} needs rows to evaluate on: give eval_data or held_out")
+    if config.loss != "answers" and not config.completion_only_loss:
+        raise ValueError(f"completion_only_loss is of answers, and loss is {config.loss}: leave it out")
     for name in () if config.loss == "answers" else SHAPING:
         if getattr(config, name):
             raise ValueError(f"{name} = {getattr(config, name)}: loss {config.loss} has no such term, leave it out")

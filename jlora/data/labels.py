@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,29 @@ def are_numbers(rows: Sequence[Row]) -> bool:
         return all(np.isfinite(float(text)) for text in texts) and any("." in text for text in texts)
     except ValueError:
         return False
+
+
+def class_weights(given: Sequence[str], classes: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """The weight of each class: of `given`, CLASS=WEIGHT each, 1 where there is none; for ("balanced",) n / (k its
+    rows), of n rows of k classes (scikit-learn's `class_weight`). Raises ValueError for an unknown class, or no weight.
+    """
+    if list(given) == ["balanced"]:
+        count = Counter(str(row.label) for row in rows)
+        return [len(rows) / (len(count) * count[name]) if name in count else 1.0 for name in classes]
+    weights = dict.fromkeys(classes, 1.0)
+    for one in given:
+        name, _, text = one.rpartition("=")
+        if name not in weights:
+            raise ValueError(
+                f"class_weights: {one!r} is not CLASS=WEIGHT of a class ({', '.join(classes)}), nor balanced"
+            )
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise ValueError(f"class_weights: {one!r} has no weight above 0")
+    return list(weights.values())
 
 
 def label_examples(

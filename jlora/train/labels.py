@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +27,15 @@ def outputs(model: Any, neftune: float = 0.0) -> Callable[..., jax.Array]:
 
 
 def label_sums(
-    model: Any, numbers: bool, smoothing: float = 0.0, z_loss: float = 0.0, neftune: float = 0.0
+    model: Any,
+    numbers: bool,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    neftune: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Callable[..., Sums]:
-    """f(params, batch, key=None) -> `Sums`: `tokens` and `examples` are rows; the loss is `label_loss` of the class, or
-    with `numbers` the squared error of the head's one output."""
+    """f(params, batch, key=None) -> `Sums`: `tokens` and `examples` are rows; the loss is `label_loss` of the class, by
+    its weight if there are `class_weights`, or with `numbers` the squared error of the head's one output."""
     head = outputs(model, neftune)
 
     def sums(params: Any, batch: dict[str, jax.Array], key: Any = None) -> Sums:
@@ -40,6 +45,8 @@ def label_sums(
         else:
             labels = batch["labels"].astype(jnp.int32)
             loss: Any = label_loss(out, labels, smoothing, z_loss)
+            if class_weights is not None:
+                loss = loss * jnp.asarray(class_weights, jnp.float32)[labels]
             right = (jnp.argmax(out, axis=-1) == labels).astype(jnp.float32)
         hits, count = jnp.sum(weights * right), jnp.sum(weights)
         return Sums(jnp.sum(weights * loss), count, hits, hits, hits, count)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from jlora.commands.settings import TrainConfig
-from jlora.commands.tasks import Answers, Labels, Pairs
+from jlora.commands.settings import TrainConfig, check
+from jlora.commands.tasks import Answers, Labels, Pairs, task_of
 from jlora.commands.written import prompts_of, questions
 from jlora.data import DataError, Example, Row, packing, tokenise
 from jlora.data.tokens import posed
@@ -72,6 +72,35 @@ def test_the_loss_of_classes_is_shaped_and_that_of_numbers_is_not(tmp_path):
     for name in ("z_loss", "label_smoothing"):
         with pytest.raises(ValueError, match=f"{name} is of classes, and the labels of d are numbers"):
             Labels(TrainConfig(str(tmp_path), "d", labels="numbers", **{name: 0.1}), rows)
+
+    third = rows + rows[1:2]  # four rows, of three classes, two of them of the second
+    for given, weight in ((("1=3",), 3), (("0=5", "2=7"), 1), (("balanced",), 4 / (3 * 2))):
+        task = Labels(TrainConfig(str(tmp_path), "d", class_weights=given), third)
+        objective = task.objective(base)
+        assert float(objective({"head": None}, {"head": logits}, batch, key).loss) == pytest.approx(weight * loss())
+        assert float(objective({"head": None}, {"head": logits}, batch, None).loss) == pytest.approx(loss())
+    for given, said in (
+        (("4=1",), "'4=1' is not CLASS=WEIGHT of a class"),
+        (("1=no",), "no weight"),
+        (("1=0",), "no we"),
+    ):
+        with pytest.raises(ValueError, match=f"class_weights: .*{said}"):
+            Labels(TrainConfig(str(tmp_path), "d", class_weights=given), rows)
+    with pytest.raises(ValueError, match="class_weights are of labels, and the rows of d have none"):
+        task_of(TrainConfig("m", "d", class_weights=("balanced",)), [Row("a", "b")])
+
+
+def test_the_loss_may_be_of_the_prompt_too():
+    base = SimpleNamespace(tokenizer=tokenizer(), ends=(), check=lambda length, token: None)
+    turns = tuple({"role": role, "content": text} for role, text in (("user", "good"), ("assistant", "positive")))
+    rows = [Row("Review : good", "positive"), Row(messages=turns)]
+    for only, learnt in ((True, [2, 2]), (False, [5, 10])):
+        task = Answers(TrainConfig("m", "d", completion_only_loss=only))
+        assert [int(example.loss_mask.sum()) for example in task.examples(rows, base, "d")] == learnt
+    with pytest.raises(ValueError, match="completion_only_loss is of answers, not of labels"):
+        task_of(TrainConfig("m", "d", completion_only_loss=False), [Row(text="a", label=n) for n in range(2)])
+    with pytest.raises(ValueError, match="completion_only_loss is of answers, and loss is dpo"):
+        check(TrainConfig("m", "d", completion_only_loss=False, loss="dpo"))
 
 
 def test_what_a_cut_leaves_nothing_to_learn_in_is_left_out(capsys):

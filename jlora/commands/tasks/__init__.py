@@ -26,4 +26,6 @@ def task_of(config: TrainConfig, rows: Sequence[Row], tests: Sequence[Row] = ())
     if paired != (config.loss in ("dpo", "orpo")):
         want = "needs loss: dpo or orpo" if paired else "has no pairs: rows of prompt, chosen and rejected do"
         raise ValueError(f"{config.data} {want}")
+    if config.class_weights and not judged:
+        raise ValueError(f"class_weights are of labels, and the rows of {config.data} have none: leave it out")
     return Labels(config, rows) if judged else Pairs(config) if paired else Answers(config)

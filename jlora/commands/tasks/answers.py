@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.commands.parts import batches_of, objective, optimiser_of
 from jlora.commands.settings import TrainConfig, say, scheme
@@ -72,7 +73,10 @@ class Answers:
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         """(examples, how many were cut)."""
-        return tokenise_rows(rows, base.tokenizer, self.config.max_length, base.ends)
+        found, cut = tokenise_rows(rows, base.tokenizer, self.config.max_length, base.ends)
+        if not self.config.completion_only_loss:
+            found = [Example(e.tokens, np.ones(len(e.tokens), bool)) for e in found]
+        return found, cut
 
     def teaches(self, example: Any) -> bool:
         """Whether there is anything to learn from it."""

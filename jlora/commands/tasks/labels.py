@@ -14,6 +14,7 @@ from jlora.commands.parts import trained_or_judged
 from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks.answers import Answers, Judge, watched
 from jlora.data import BatchSource, DataError, LabelSource, Row, are_numbers, bucket_lengths, classes_of, label_examples
+from jlora.data.labels import class_weights
 from jlora.io import Pretrained
 from jlora.io.classes import FILE, Classes, checkpoint_classes, in_order, read_classes, write_classes
 from jlora.io.load import locate
@@ -31,6 +32,8 @@ class Labels(Answers):
         self.known: list[str] | None = None
         if config.chat_template:
             raise ValueError(f"chat_template = {config.chat_template}: labels are of no chats, leave it out")
+        if not config.completion_only_loss:
+            raise ValueError("completion_only_loss is of answers, not of labels: leave it out")
         if config.adapter and (Path(config.adapter) / FILE).is_file():
             self.classes: Classes = read_classes(config.adapter)
         else:
@@ -40,9 +43,10 @@ class Labels(Answers):
             self.classes = None if numbers else self.known or found
         self.head = "regress" if self.classes is None else "classify"
         self.labels = 1 if self.classes is None else len(self.classes)
-        for name in ("label_smoothing", "z_loss") if self.classes is None else ():
+        for name in ("label_smoothing", "z_loss", "class_weights") if self.classes is None else ():
             if getattr(config, name):
                 raise ValueError(f"{name} is of classes, and the labels of {config.data} are numbers: leave it out")
+        self.weights = class_weights(config.class_weights, self.classes or (), rows) if config.class_weights else None
 
     def found(self, rows: Sequence[Row]) -> list[str]:
         """The classes of the rows. Raises DataError for a single one."""
@@ -83,7 +87,7 @@ class Labels(Answers):
 
     def objective(self, base: Pretrained) -> Any:
         c, numbers = self.config, self.classes is None
-        shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.z_loss, c.neftune))
+        shaped = jlora.lift(label_sums(base.model, numbers, c.label_smoothing, c.z_loss, c.neftune, self.weights))
         return self.spread.sums(trained_or_judged(jlora.lift(label_sums(base.model, numbers)), shaped, c.dropout))
 
     def judge(self, base: Pretrained) -> Judge:
