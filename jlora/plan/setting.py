@@ -13,6 +13,7 @@ import jlora
 from jlora import batch_parts, sharding
 from jlora.generate import most_tokens, writes
 from jlora.io.load import layouts_of
+from jlora.methods.named import MethodConfig, make
 from jlora.models import family
 from jlora.models.attention import named
 from jlora.plan.known import config_of, topology
@@ -34,6 +35,8 @@ class PlanConfig:
     """merged: LoRA that writes W + A·B out each step; qlora: the base's matrices in NF4."""
     rank: int = 16
     targets: tuple[str, ...] = ("all-linear",)
+    parts: str = ""
+    """Of fused weights, which equal parts of the outputs are adapted, as `jlora train` takes it: x-x of c_attn."""
     batch: int = 8
     """Examples a step, over all devices."""
     seq: int = 2048
@@ -71,7 +74,7 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     """The run that `plan` describes. devices: of the topology, to compile for; without them the mesh is abstract.
 
     Raises ValueError for unknown names, impossible sizes, an encoder, rows that do not divide or are longer than the
-    model has positions, or targets that match nothing.
+    model has positions, targets that match nothing, or parts that these do not have.
     """
     for name in ("batch", "seq", "chunk", "rank"):
         if getattr(plan, name) < 1:
@@ -94,8 +97,8 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
     else:
         if plan.method == "qlora":
             params = jlora.quantise(params, "nf4", layouts=layouts)
-        targets = plan.targets[0] if len(plan.targets) == 1 else list(plan.targets)
-        frozen, trained = jax.eval_shape(lambda p: jlora.lorafy(p, plan.rank, targets=targets, layouts=layouts), params)
+        how = MethodConfig(rank=plan.rank, targets=plan.targets, parts=plan.parts)
+        frozen, trained = jax.eval_shape(lambda p: make(p, how, layouts=layouts), params)
     tx = optax.adamw(1e-4)
     state = jax.eval_shape(lambda t: TrainState(t, tx.init(t), jnp.zeros((), jnp.int32)), trained)
     trained_specs = sharding.specs(trained, layouts, mesh)

@@ -47,6 +47,15 @@ def test_gpt3_as_in_the_paper():
     assert 9_000 < lora["parameters"]["trained_share_1_in"] < 10_000
 
 
+def test_parts_of_a_fused_weight_are_counted():
+    gpt2 = {"model": "gpt3-175b", "topology": "v5p:4x4x4", "batch": 64, "targets": ("c_attn",), "rank": 4}
+    for parts, count in (("x-x", 2), ("--x", 1)):  # rank 4 a part
+        told = plan(PlanConfig(**gpt2, parts=parts))
+        assert told["parameters"]["trained"] == count * 4 * 96 * 2 * 12288
+    with pytest.raises(ValueError, match="name the fused weights in targets"):
+        plan(PlanConfig(parts="x-x"))
+
+
 def test_flops_are_six_a_parameter_and_token_for_full_and_a_third_less_for_lora():
     full, lora = (
         plan(PlanConfig(method=method, remat="none", seq=128, targets=("q_proj", "v_proj")))
