@@ -50,11 +50,21 @@ def save(
             # a tokenizer writes the chat template itself, which may be an adapter's
             if base.folder and own(base.folder, name) and not (beside / name).exists():
                 shutil.copyfile(base.folder / name, beside / name)
-        if not (beside / "generation_config.json").exists() and base.tokenizer is not None:
-            eos = list(base.ends) if len(base.ends) > 1 else base.tokenizer.eos_token_id
-            ends = {"bos_token_id": base.tokenizer.bos_token_id, "eos_token_id": eos}
-            (beside / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+        if base.tokenizer is not None:
+            tell_ends(beside / "generation_config.json", base)
     return {"output": str(folder), "tensors": len(base.tensors), "bytes": total}
+
+
+def tell_ends(file: Path, base: Pretrained) -> None:
+    """Put the tokens that end an answer into generation_config.json, which may be there: it is the base's, and a chat
+    template of an adapter's may end its turns in another."""
+    held = read_json(file) if file.exists() else {"bos_token_id": base.tokenizer.bos_token_id}
+    known = held.get("eos_token_id", [])
+    known = known if isinstance(known, list) else [known]
+    if "eos_token_id" not in held or not {*base.ends} <= {*known}:
+        ends = [*dict.fromkeys([*known, *base.ends])]
+        held["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+        file.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_used(path: str | Path) -> None:

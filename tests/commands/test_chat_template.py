@@ -26,6 +26,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     model = Path(small_model(folder / "model"))
     (model / FILE).write_text(MOVED)
+    (model / "generation_config.json").write_text('{"eos_token_id": 2, "top_k": 7}')
     turns = [{"role": role, "content": text} for role, text in (("system", "film"), ("user", "good"))]
     turns.append({"role": "assistant", "content": "positive"})
     (folder / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
@@ -89,6 +90,8 @@ def test_it_goes_where_the_adapter_goes(place, adapter, tmp_path):
     model, data, own = place
     main(["merge", "--model", model, "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
     assert load(tmp_path / "merged").tokenizer.chat_template == OWN
+    told = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert told == {"eos_token_id": [2, 0], "top_k": 7}  # <unk> ends OWN's turns
     main(["export", "--model", model, "--adapter", str(adapter), "--output", str(tmp_path / "peft")])
     assert (tmp_path / "peft" / FILE).read_text() == OWN
     main(["mix", f"{adapter}:0.5", str(tmp_path / "peft"), "-o", str(tmp_path / "mixed")])
