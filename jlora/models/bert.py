@@ -15,24 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models.causal import layer_input, refuse_others, stacked, through
-from jlora.models.heads import Classifier, MaskedLM, Pooler, check_head, head_tensors
-from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
-
-ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "tanh": jnp.tanh,
-}
-
-
-def check_activations(hub: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError where a field of a `config.json` names an activation that is not in `ACTIVATIONS`."""
-    for name in names:
-        if hub.get(name) not in (None, *ACTIVATIONS):
-            raise ValueError(f"{name} {hub[name]!r} is not supported: {', '.join(ACTIVATIONS)} are")
+from jlora.models.heads import HeadedEncoder, head_tensors
+from jlora.models.hub import ACTIVATIONS, check_activations, refuse_others, said
+from jlora.models.layers import layer_input, stacked, through
+from jlora.models.tensors import HFTensor, dense_tensors, dotted, layer_tensors, norm_tensors, prefixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +45,14 @@ class BertConfig:
         only = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
         refuse_others(hub, only, str(hub.get("model_type", "bert")))
         check_activations(hub, "hidden_act")
-        held: dict[str, Any] = {f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None}
+        held = said(cls, hub)
         held["num_labels"] = len(hub["id2label"]) if hub.get("id2label") else hub.get("num_labels", 2)
         held.setdefault("pad_token_id", 1 if hub.get("model_type") == "roberta" else 0)
         return cls(**held)
+
+    @property
+    def pooler_hidden_act(self) -> str:
+        return "tanh"
 
 
 class Embeddings(nn.Module):
@@ -183,31 +173,17 @@ class Encoder(nn.Module):
         return through(self.layer, x, None, allowed)[0]
 
 
-class Bert(nn.Module):
-    """The encoder under one of the heads "none" (hidden states), "pooled", "classify", "regress", "mlm". `remat`: as in
-    `stacked`."""
+class Bert(HeadedEncoder):
+    """The encoder under a head."""
 
     config: BertConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = True
-    remat: bool | str = False
-    head: str = "none"
 
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub, without the model's prefix."""
+        super().setup()
         parts = (self.config, self.dtype, self.param_dtype)
-        check_head(self.head, self.config.tie_word_embeddings)
         self.embeddings = Embeddings(*parts)
         self.encoder = Encoder(*parts, self.scan_layers, self.remat)
-        roberta = self.config.model_type == "roberta"
-        judged = self.head in ("classify", "regress")
-        if self.head == "pooled" or (judged and not roberta):
-            self.pooler = Pooler(*parts)
-        if judged:
-            self.classifier = Classifier(self.config, self.dtype, self.param_dtype, deep=roberta)
-        if self.head == "mlm":
-            self.lm_head = MaskedLM(*parts, ACTIVATIONS["gelu" if roberta else self.config.hidden_act])
 
     def hidden(
         self,
@@ -232,39 +208,25 @@ class Bert(nn.Module):
         types = jnp.zeros_like(tokens) if token_type_ids is None else token_type_ids
         return self.encoder(self.embeddings(tokens, positions, types), mask)
 
-    def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array:
-        """tokens i32 [b, s] -> hidden states [b, s, d], pooled [b, d], logits f32 [b, c] or f32 [b, s, v], by head."""
-        hidden = self.hidden(tokens, **options)
-        if self.head == "none":
-            return hidden
-        if self.head == "mlm":
-            return self.lm_head(hidden, self.embeddings.word_embeddings)
-        if self.head == "pooled":
-            return self.pooler(hidden)
-        first = hidden[:, 0] if self.config.model_type == "roberta" else self.pooler(hidden)
-        return self.classifier(first).astype(jnp.float32)
-
 
 def hf_tensors(config: BertConfig, scan_layers: bool = True, head: str = "none") -> list[HFTensor]:
     """Every tensor of the Hub's checkpoint that the model under `head` has, and where it lies in the tree."""
-    prefix = "" if head in ("none", "pooled") else f"{config.model_type}."
-    out = [
-        HFTensor(f"{prefix}embeddings.{name}_embeddings.weight", f"embeddings/{name}_embeddings/embedding")
-        for name in ("word", "position", "token_type")
-    ]
-    out += norm_tensors(f"{prefix}embeddings.LayerNorm", "embeddings/LayerNorm")
-    linears = [f"attention/self/{n}" for n in ("query", "key", "value")]
+    out = embedding_tensors("word", "position", "token_type")
+    linears = [f"attention/self/{name}" for name in ("query", "key", "value")]
     linears += ["attention/output/dense", "intermediate/dense", "output/dense"]
-    for n in range(config.num_hidden_layers):
-        where, layer = ("encoder/layer", n) if scan_layers else (f"encoder/layer_{n}", None)
-        hub = f"{prefix}encoder.layer.{n}."
-        for name in linears:
-            out += dense_tensors(hub + name.replace("/", "."), f"{where}/{name}", layer)
-        for name in ("attention/output/LayerNorm", "output/LayerNorm"):
-            out += norm_tensors(hub + name.replace("/", "."), f"{where}/{name}", layer)
+    norms = ("attention/output/LayerNorm", "output/LayerNorm")
+    one = [t for name in linears for t in dense_tensors(name)] + [t for name in norms for t in norm_tensors(name)]
+    out += layer_tensors("encoder.layer", "encoder/layer", config.num_hidden_layers, scan_layers, one)
     if head == "pooled" or (head in ("classify", "regress") and config.model_type == "bert"):
-        out += dense_tensors(f"{prefix}pooler.dense", "pooler/dense")
-    return out + head_tensors(head, config.model_type)
+        out += dense_tensors("pooler/dense")
+    prefix = "" if head in ("none", "pooled") else f"{config.model_type}."
+    return prefixed(prefix, out) + head_tensors(head, config.model_type)
+
+
+def embedding_tensors(*names: str) -> list[HFTensor]:
+    """The tables of an encoder's embeddings, and the norm after them."""
+    tables = [f"embeddings/{name}_embeddings" for name in names]
+    return [*(HFTensor(f"{dotted(t)}.weight", f"{t}/embedding") for t in tables), *norm_tensors("embeddings/LayerNorm")]
 
 
 def unread(config: BertConfig, names: Iterable[str]) -> list[str]:

@@ -1,42 +1,80 @@
-"""What models share: a stack of layers and the tied head; of decoders positions, masks and the cache.
+"""What decoders share: positions, masks, the cache, and the model around its layers.
 
-Axes: b batch, s sequence, t keys (the cache's length, or s), h query heads, g key heads, k head size.
+Axes: b batch, s sequence, t keys (the cache's length, or s), d model, h query heads, g key heads, k head size,
+v vocabulary, l layers.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
-from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.attention import Sight, attend
 
-INPUT = "layer input"
 
+class Decoder(nn.Module):
+    """A decoder but for `setup`, `states` and `head`, which are its family's. `remat`: as in `layers.stacked`."""
 
-def layer_input(x: jax.Array) -> jax.Array:
-    """x, under the name that `stacked` knows it by."""
-    return checkpoint_name(x, INPUT)
+    config: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: bool | str = False
 
+    def states(self, tokens: jax.Array, positions: jax.Array, kv: Any, sight: Sight) -> tuple[jax.Array, Any]:
+        """tokens, positions i32 [b, s], kv None or a cache's -> ([b, s, d] after the last norm, what is new of kv)."""
+        raise NotImplementedError
 
-def refuse_others(hub: Mapping[str, Any], only: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for a field of a `config.json` that is not what `only` says; null stands for False and None
-    alone."""
-    for name, value in only.items():
-        given = hub.get(name, value)
-        if given != value and (given is not None or value):
-            raise ValueError(f"{name} {given!r} is not supported in {where}: {value!r} is")
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d] -> logits f32 [..., v]."""
+        raise NotImplementedError
 
+    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
+        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
+        hidden = self.hidden(tokens, **options)
+        if options.get("cache") is not None:
+            return self.head(hidden[0]), hidden[1]
+        return self.head(hidden)
 
-def check_causal(hub: Mapping[str, Any]) -> None:
-    """Raises ValueError for a `config.json` that makes its decoder see what follows (transformers from 5.2 on)."""
-    refuse_others(hub, {"is_causal": True}, "a decoder")
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> Any:
+        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache).
+
+        mask bool [b, s]: True for a real token. segment_ids i32 [b, s]: packed examples, 0 for padding.
+        positions i32 [b, s]: the running count of real tokens if not given. cache: as `init_cache` makes it.
+        Raises ValueError for segment_ids with a cache.
+        """
+        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+        kv = None if cache is None else cache["kv"]
+        x, new = self.states(tokens, positions, kv, sight)
+        if cache is None:
+            return x
+        return x, {"kv": written(kv, new, index), "mask": seen, "index": index + tokens.shape[1]}
+
+    def key_heads(self) -> tuple[int, int]:
+        """(g, k)."""
+        return self.config.num_key_value_heads, self.config.head_dim
+
+    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
+        """A cache for `size` tokens in each of `batch` rows: keys and values, which are real, how many there are.
+
+        Keys, and values, are [l, b, g, t, k] for layers that are scanned, else a tuple of [b, g, t, k], one a layer:
+        the columns of a head lie together, as the products with them want it.
+        """
+        layers, (g, k) = self.config.num_hidden_layers, self.key_heads()
+        zeros = lambda *stack: jnp.zeros((*stack, batch, g, size, k), self.dtype)
+        one = lambda: zeros(layers) if self.scan_layers else tuple(zeros() for _ in range(layers))
+        return {"kv": (one(), one()), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
 
 
 def causal_inputs(
@@ -102,73 +140,9 @@ def written(kv: Any, new: Any, index: Any) -> Any:
     return jax.tree.map(put, kv, new)
 
 
-def empty_cache(layers: int, batch: int, size: int, heads: int, width: int, dtype: Any, scan: bool) -> dict[str, Any]:
-    """A cache for `size` tokens in each of `batch` rows: keys and values, which of them are real, how many there are.
-
-    Keys, and values, are [l, b, g, t, k] for layers that are scanned, else a tuple of [b, g, t, k], one a layer: the
-    columns of a head lie together, as the products with them want it.
-    """
-    shape = (batch, heads, size, width)
-    one = lambda: jnp.zeros((layers, *shape), dtype) if scan else tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-    return {"kv": (one(), one()), "mask": jnp.zeros((batch, size), bool), "index": jnp.zeros((), jnp.int32)}
-
-
 def to_length(x: jax.Array, axis: int, size: int) -> jax.Array:
     """x with `size` of an axis: its first ones, or zeros after all of them."""
     axis %= x.ndim
     if x.shape[axis] >= size:
         return jax.lax.slice_in_dim(x, 0, size, axis=axis)
     return jnp.pad(x, [(0, size - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
-
-
-def stacked(block: Any, fields: tuple[Any, ...], layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
-    """The layers of a model, to be set as an attribute in `setup` and run by `through`.
-
-    `shared`: how many arguments all layers get alike. scan: one module over a stack of parameters, else a list of
-    them. remat: False, True (keep nothing of a layer but its input), "dots" (keep products with weights too) or
-    "offload" (keep the input, as `layer_input` names it, in the host's memory). Raises ValueError for another.
-    """
-    kind = lifted_block(block, layers, shared, scan, remat)
-    return kind(*fields) if scan else [kind(*fields) for _ in range(layers)]
-
-
-@functools.cache  # Flax changes the block's class while it derives one, which another thread may be tracing
-def lifted_block(block: Any, layers: int, shared: int, scan: bool, remat: bool | str) -> Any:
-    """The class of a layer under remat, or of all of them under scan."""
-    if remat not in (False, True, "dots", "offload"):
-        raise ValueError(f"remat {remat!r} is not known: False, True, 'dots' or 'offload'")
-    if remat:
-        policies = jax.checkpoint_policies
-        offload = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-        policy = {"dots": policies.dots_with_no_batch_dims_saveable, "offload": offload}.get(str(remat))
-        block = nn.remat(block, prevent_cse=not scan, policy=policy)
-    if not scan:
-        return block
-    axes: Any = (0, *([nn.broadcast] * shared))
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=layers)
-
-
-def through(layers: Any, x: jax.Array, own: Any, *shared: Any) -> tuple[jax.Array, Any]:
-    """(x, new keys and values in the cache's form, or None) after all layers. own: None, or a tuple of what each layer
-    has for itself: arrays with a leading axis of layers, or tuples of one a layer."""
-    if not isinstance(layers, list | tuple):
-        return layers(x, own, *shared)
-    new = []
-    for n, layer in enumerate(layers):
-        x, one = layer(x, None if own is None else tuple(every[n] for every in own), *shared)
-        new.append(one)
-    return x, None if new[0] is None else tuple(zip(*new, strict=True))
-
-
-def tied_head(words: nn.Embed, hidden: jax.Array) -> jax.Array:
-    """hidden [..., d] -> logits f32 [..., v], the head that shares the embedding of the tokens [v, d].
-
-    `words.attend` turns the embedding round, which XLA for CPUs does by a copy of it where a loop is around the head.
-    """
-    hidden, table = promote_dtype(hidden, words.embedding, dtype=words.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)

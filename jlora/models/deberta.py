@@ -1,26 +1,24 @@
-"""DeBERTa v2 and v3 (He et al. 2020, 2021) in Flax Linen: disentangled attention over relative positions.
+"""DeBERTa v2 and v3 (He et al. 2020, 2021) in Flax Linen, with the heads of `jlora/models/heads.py`.
 
-Axes: b batch, s and t positions, d model, h heads, k head size, p relative positions (2 x span), l layers. Module names
-are the Hub's. There is no dropout.
+Axes as in `jlora/models/disentangled.py`. Module names are the Hub's. There is no dropout.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jlora.models.bert import ACTIVATIONS, AddNorm, Intermediate, check_activations
-from jlora.models.causal import layer_input, refuse_others, stacked, through
-from jlora.models.heads import Classifier, MaskedLM, Pooler, check_head, head_tensors
-from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
+from jlora.models.bert import AddNorm, Intermediate, embedding_tensors
+from jlora.models.disentangled import SelfAttention, relative_index
+from jlora.models.heads import HeadedEncoder, head_tensors
+from jlora.models.hub import ACTIVATIONS, check_activations, refuse_others, said
+from jlora.models.layers import layer_input, stacked, through
+from jlora.models.tensors import HFTensor, dense_tensors, layer_tensors, norm_tensors, prefixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class DebertaConfig:
         if hub.get("embedding_size", hub["hidden_size"]) != hub["hidden_size"]:
             raise ValueError(f"embedding_size {hub['embedding_size']} other than hidden_size is not supported")
         check_activations(hub, "hidden_act", "conv_act", "pooler_hidden_act")
-        held: dict[str, Any] = {f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None}
+        held = said(cls, hub)
         types = held.get("pos_att_type", ())
         types = types.split("|") if isinstance(types, str) else types
         held["pos_att_type"] = tuple(kind.strip().lower() for kind in types if kind.strip())
@@ -93,52 +91,6 @@ XXLARGE = DebertaConfig(
     conv_act="gelu",
 )
 """microsoft/deberta-v2-xxlarge, 1.5 billion parameters."""
-
-
-def relative_index(length: int, config: DebertaConfig) -> np.ndarray:
-    """i32 [s, t]: the row of the relative embeddings for each pair; beyond half the span, buckets grow by logarithm."""
-    distance = np.arange(length)[:, None] - np.arange(length)[None]
-    if config.position_buckets > 0:
-        mid = config.position_buckets // 2
-        far = np.where(np.abs(distance) < mid, mid - 1, np.abs(distance))
-        growth = np.log(far.astype(np.float32) / mid) / math.log((config.furthest - 1) / mid)
-        bucket = np.ceil(growth.astype(np.float32) * (mid - 1)) + mid
-        distance = np.where(far <= mid, distance, bucket * np.sign(distance)).astype(np.int64)
-    return np.clip(distance + config.span, 0, 2 * config.span - 1).astype(np.int32)
-
-
-class SelfAttention(nn.Module):
-    """Content to content, content to position and position to content."""
-
-    config: DebertaConfig
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, relative: jax.Array, index: jax.Array, allowed: jax.Array) -> jax.Array:
-        """x [b, s, d], relative [p, d], index i32 [s, t], allowed bool [b, t] -> [b, s, d]."""
-        c = self.config
-        dense = functools.partial(nn.Dense, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
-        split = lambda y: y.reshape(*y.shape[:-1], c.num_attention_heads, -1)
-        project = {name: dense(name=f"{name}_proj") for name in ("query", "key", "value")}
-        q, k, v = (split(layer(x)) for layer in project.values())
-        terms = 1 + len({"c2p", "p2c"} & {*c.pos_att_type})
-        scale = (q.shape[-1] * terms) ** -0.5
-        scores = jnp.einsum("bshk,bthk->bhst", q, k)
-
-        def places(name: str) -> jax.Array:
-            own = project[name] if c.share_att_key else dense(name=f"pos_{name}_proj")
-            return split(own(relative))
-
-        if "c2p" in c.pos_att_type:
-            by_place = jnp.einsum("bshk,phk->bhsp", q, places("key"))
-            scores += jnp.take_along_axis(by_place, index[None, None], axis=-1)
-        if "p2c" in c.pos_att_type:
-            by_place = jnp.einsum("bthk,phk->bhpt", k, places("query"))
-            scores += jnp.take_along_axis(by_place, index[None, None], axis=-2)
-        scores = jnp.where(allowed[:, None, None], scores.astype(jnp.float32) * scale, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        return jnp.einsum("bhst,bthk->bshk", weights, v).reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -275,28 +227,17 @@ class Embeddings(nn.Module):
         return self.LayerNorm(x) * mask[..., None]
 
 
-class Deberta(nn.Module):
-    """The encoder under one of the heads "none", "pooled", "classify", "regress", "mlm". `remat`: as in `stacked`."""
+class Deberta(HeadedEncoder):
+    """The encoder under a head."""
 
     config: DebertaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = True
-    remat: bool | str = False
-    head: str = "none"
 
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub, without the model's prefix."""
-        check_head(self.head, self.config.tie_word_embeddings)
+        super().setup()
         parts = (self.config, self.dtype, self.param_dtype)
         self.embeddings = Embeddings(*parts)
         self.encoder = Encoder(*parts, self.scan_layers, self.remat)
-        if self.head not in ("none", "mlm"):
-            self.pooler = Pooler(*parts, ACTIVATIONS[self.config.pooler_hidden_act])
-        if self.head in ("classify", "regress"):
-            self.classifier = Classifier(*parts)
-        if self.head == "mlm":
-            self.lm_head = MaskedLM(*parts, ACTIVATIONS[self.config.hidden_act])
 
     def hidden(
         self, tokens: jax.Array, *, mask: jax.Array | None = None, token_type_ids: jax.Array | None = None
@@ -306,48 +247,27 @@ class Deberta(nn.Module):
         types = jnp.zeros_like(tokens) if token_type_ids is None else token_type_ids
         return self.encoder(self.embeddings(tokens, types, mask), mask)
 
-    def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array:
-        """tokens i32 [b, s] -> hidden states [b, s, d], pooled [b, d], logits f32 [b, c] or f32 [b, s, v], by head."""
-        hidden = self.hidden(tokens, **options)
-        if self.head == "none":
-            return hidden
-        if self.head == "mlm":
-            return self.lm_head(hidden, self.embeddings.word_embeddings)
-        pooled = self.pooler(hidden)
-        return pooled if self.head == "pooled" else self.classifier(pooled).astype(jnp.float32)
-
 
 def hf_tensors(config: DebertaConfig, scan_layers: bool = True, head: str = "none") -> list[HFTensor]:
     """Every tensor of the Hub's checkpoint that the model under `head` has, and where it lies in the tree."""
-    prefix = "" if head == "none" else "deberta."
-    tables = ["word", *(["position"] if config.position_biased_input else [])]
-    tables += ["token_type"] if config.type_vocab_size else []
-    out = [
-        HFTensor(f"{prefix}embeddings.{n}_embeddings.weight", f"embeddings/{n}_embeddings/embedding") for n in tables
-    ]
-    out += norm_tensors(f"{prefix}embeddings.LayerNorm", "embeddings/LayerNorm")
-    out.append(HFTensor(f"{prefix}encoder.rel_embeddings.weight", "encoder/rel_embeddings/embedding"))
+    biased, typed = config.position_biased_input, config.type_vocab_size
+    out = embedding_tensors("word", *["position"] * bool(biased), *["token_type"] * bool(typed))
+    out.append(HFTensor("encoder.rel_embeddings.weight", "encoder/rel_embeddings/embedding"))
     if config.norm_rel_ebd:
-        out += norm_tensors(f"{prefix}encoder.LayerNorm", "encoder/LayerNorm")
+        out += norm_tensors("encoder/LayerNorm")
     if config.conv_kernel_size:  # torch's [out, in, width] is Flax's [width, in, out] reversed
-        out += dense_tensors(f"{prefix}encoder.conv.conv", "encoder/conv/conv")
-        out += norm_tensors(f"{prefix}encoder.conv.LayerNorm", "encoder/conv/LayerNorm")
-    linears = [f"attention/self/{n}_proj" for n in ("query", "key", "value")]
+        out += dense_tensors("encoder/conv/conv") + norm_tensors("encoder/conv/LayerNorm")
+    linears = [f"attention/self/{name}_proj" for name in ("query", "key", "value")]
     linears += ["attention/output/dense", "intermediate/dense", "output/dense"]
-    own = {"c2p": "key", "p2c": "query"} if not config.share_att_key else {}
-    for n in range(config.num_hidden_layers):
-        where, layer = ("encoder/layer", n) if scan_layers else (f"encoder/layer_{n}", None)
-        hub = f"{prefix}encoder.layer.{n}."
-        for name in linears:
-            out += dense_tensors(hub + name.replace("/", "."), f"{where}/{name}", layer)
-        for kind, name in own.items():
-            if kind in config.pos_att_type:
-                at = f"attention/self/pos_{name}_proj"
-                out += dense_tensors(hub + at.replace("/", "."), f"{where}/{at}", layer)
-        for name in ("attention/output/LayerNorm", "output/LayerNorm"):
-            out += norm_tensors(hub + name.replace("/", "."), f"{where}/{name}", layer)
+    if not config.share_att_key:
+        own = {"c2p": "key", "p2c": "query"}
+        linears += [f"attention/self/pos_{name}_proj" for kind, name in own.items() if kind in config.pos_att_type]
+    norms = ("attention/output/LayerNorm", "output/LayerNorm")
+    one = [t for name in linears for t in dense_tensors(name)] + [t for name in norms for t in norm_tensors(name)]
+    out += layer_tensors("encoder.layer", "encoder/layer", config.num_hidden_layers, scan_layers, one)
+    out = prefixed("" if head == "none" else "deberta.", out)
     if head in ("pooled", "classify", "regress"):
-        out += dense_tensors("pooler.dense", "pooler/dense")
+        out += dense_tensors("pooler/dense")
     return out + head_tensors(head, config.model_type)
 
 

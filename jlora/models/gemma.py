@@ -17,20 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight
-from jlora.models.causal import (
-    attended,
-    causal_inputs,
-    check_causal,
-    empty_cache,
-    layer_input,
-    refuse_others,
-    stacked,
-    through,
-    tied_head,
-    written,
-)
+from jlora.models.causal import Decoder, attended
+from jlora.models.heads import tied_head
+from jlora.models.hub import check_causal, refuse_others
+from jlora.models.layers import layer_input, stacked, through
 from jlora.models.rope import frequencies, rope_of, rotate
-from jlora.models.tensors import HFTensor
+from jlora.models.tensors import HFTensor, dense_tensors, layer_tensors, norm_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +175,10 @@ class Block(nn.Module):
         return x + norm(name="post_feedforward_layernorm")(y), kv
 
 
-class Gemma(nn.Module):
-    """The decoder; its head is the embedding, tied. `remat`: as in `stacked`."""
+class Gemma(Decoder):
+    """The decoder; its head is the embedding, tied. Local layers' caches are as long as global ones'."""
 
     config: GemmaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = True
-    remat: bool | str = False
 
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub."""
@@ -199,57 +187,24 @@ class Gemma(nn.Module):
         self.layers = stacked(Block, parts, c.num_hidden_layers, 2, self.scan_layers, self.remat)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
 
-    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
-        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
-        hidden = self.hidden(tokens, **options)
-        if options.get("cache") is not None:
-            return self.head(hidden[0]), hidden[1]
-        return self.head(hidden)
-
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
         return tied_head(self.embed_tokens, hidden)
 
-    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
-        """An empty cache for `size` tokens in each of `batch` rows; local layers keep as many as global ones."""
-        c = self.config
-        return empty_cache(
-            c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype, self.scan_layers
-        )
-
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
-    ) -> Any:
-        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
-        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+    def states(self, tokens: jax.Array, positions: jax.Array, kv: Any, sight: Sight) -> tuple[jax.Array, Any]:
+        """As `Decoder.states`."""
         # the Hub's models round the scale to the embedding's precision
         x = self.embed_tokens(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
-        kv = () if cache is None else cache["kv"]
-        x, new = through(self.layers, x, (jnp.asarray(self.config.local), *kv), positions, sight)
-        x = self.norm(x)
-        if cache is None:
-            return x
-        return x, {"kv": written(kv, new, index), "mask": seen, "index": index + tokens.shape[1]}
+        x, new = through(self.layers, x, (jnp.asarray(self.config.local), *(kv or ())), positions, sight)
+        return self.norm(x), new
 
 
 def hf_tensors(config: GemmaConfig, scan_layers: bool = True) -> list[HFTensor]:
     """Every tensor of the Hub's checkpoint and where it lies in the tree."""
     out = [HFTensor("model.embed_tokens.weight", "embed_tokens/embedding"), HFTensor("model.norm.weight", "norm/scale")]
     linears = [f"self_attn/{n}_proj" for n in "qkvo"] + [f"mlp/{n}_proj" for n in ("gate", "up", "down")]
-    norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
-    scales = [f"{name}_layernorm" for name in norms] + ["self_attn/q_norm", "self_attn/k_norm"]
-    for n in range(config.num_hidden_layers):
-        where, layer = ("layers", n) if scan_layers else (f"layers_{n}", None)
-        hub = f"model.layers.{n}."
-        for name in linears:
-            dotted = f"{hub}{name.replace('/', '.')}.weight"
-            out.append(HFTensor(dotted, f"{where}/{name}/kernel", layer, transpose=True))
-        for name in scales:
-            out.append(HFTensor(f"{hub}{name.replace('/', '.')}.weight", f"{where}/{name}/scale", layer))
-    return out
+    norms = [f"{n}_layernorm" for n in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
+    norms += ["self_attn/q_norm", "self_attn/k_norm"]
+    one = [tensor for name in linears for tensor in dense_tensors(name, bias=False)]
+    one += [tensor for name in norms for tensor in norm_tensors(name, bias=False)]
+    return out + layer_tensors("model.layers", "layers", config.num_hidden_layers, scan_layers, one)

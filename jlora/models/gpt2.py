@@ -15,19 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import Sight
-from jlora.models.causal import (
-    attended,
-    causal_inputs,
-    check_causal,
-    empty_cache,
-    layer_input,
-    refuse_others,
-    stacked,
-    through,
-    tied_head,
-    written,
-)
-from jlora.models.tensors import HFTensor
+from jlora.models.causal import Decoder, attended
+from jlora.models.heads import tied_head
+from jlora.models.hub import check_causal, refuse_others, said
+from jlora.models.layers import layer_input, stacked, through
+from jlora.models.tensors import HFTensor, dense_tensors, layer_tensors, norm_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ class GPT2Config:
         }
         refuse_others(hub, only, "gpt2")
         check_causal(hub)
-        return cls(**{f.name: hub[f.name] for f in dataclasses.fields(cls) if hub.get(f.name) is not None})
+        return cls(**said(cls, hub))
 
     @property
     def num_hidden_layers(self) -> int:
@@ -136,14 +128,10 @@ class Block(nn.Module):
         return x + MLP(*parts, name="mlp")(nn.LayerNorm(name="ln_2", **kinds)(x)), kv
 
 
-class GPT2(nn.Module):
-    """The decoder; its head is the word embedding, tied. `remat`: as in `stacked`."""
+class GPT2(Decoder):
+    """The decoder; its head is the word embedding, tied."""
 
     config: GPT2Config
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = True
-    remat: bool | str = False
 
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub, without "transformer."."""
@@ -153,57 +141,28 @@ class GPT2(nn.Module):
         self.h = stacked(Block, (c, self.dtype, self.param_dtype), c.n_layer, 1, self.scan_layers, self.remat)
         self.ln_f = nn.LayerNorm(epsilon=c.layer_norm_epsilon, **kinds)
 
-    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
-        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
-        hidden = self.hidden(tokens, **options)
-        if options.get("cache") is not None:
-            return self.head(hidden[0]), hidden[1]
-        return self.head(hidden)
-
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
         return tied_head(self.wte, hidden)
 
-    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
-        """An empty cache for `size` tokens in each of `batch` rows."""
-        c = self.config
-        return empty_cache(c.n_layer, batch, size, c.n_head, c.n_embd // c.n_head, self.dtype, self.scan_layers)
+    def key_heads(self) -> tuple[int, int]:
+        """As many as heads of queries."""
+        return self.config.n_head, self.config.n_embd // self.config.n_head
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
-    ) -> Any:
-        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache). Options as in `Llama`."""
-        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
-        x = self.wte(tokens) + self.wpe(positions)
-        x, new = through(self.h, x, None if cache is None else cache["kv"], sight)
-        x = self.ln_f(x)
-        if cache is None:
-            return x
-        kv = written(cache["kv"], new, index)
-        return x, {"kv": kv, "mask": seen, "index": index + tokens.shape[1]}
+    def states(self, tokens: jax.Array, positions: jax.Array, kv: Any, sight: Sight) -> tuple[jax.Array, Any]:
+        """As `Decoder.states`."""
+        x, new = through(self.h, self.wte(tokens) + self.wpe(positions), kv, sight)
+        return self.ln_f(x), new
 
 
 def hf_tensors(config: GPT2Config, scan_layers: bool = True) -> list[HFTensor]:
     """Every tensor of the Hub's checkpoint and where it lies in the tree. No kernel is transposed."""
     out = [HFTensor(f"transformer.{name}.weight", f"{name}/embedding") for name in ("wte", "wpe")]
-    out += [
-        HFTensor(f"transformer.ln_f.{hub}", f"ln_f/{ours}") for hub, ours in (("weight", "scale"), ("bias", "bias"))
-    ]
-    names = {f"{part}/{name}": "kernel" for part, name in (("attn", "c_attn"), ("attn", "c_proj"))}
-    names |= {f"mlp/{name}": "kernel" for name in ("c_fc", "c_proj")} | {"ln_1": "scale", "ln_2": "scale"}
-    for n in range(config.n_layer):
-        where, layer = ("h", n) if scan_layers else (f"h_{n}", None)
-        for name, weight in names.items():
-            hub = f"transformer.h.{n}.{name.replace('/', '.')}"
-            out.append(HFTensor(f"{hub}.weight", f"{where}/{name}/{weight}", layer))
-            out.append(HFTensor(f"{hub}.bias", f"{where}/{name}/bias", layer))
-    return out
+    out += norm_tensors("ln_f", "transformer.ln_f")
+    linears = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
+    one = [dataclasses.replace(tensor, transpose=False) for name in linears for tensor in dense_tensors(name)]
+    one += [*norm_tensors("ln_1"), *norm_tensors("ln_2")]
+    return out + layer_tensors("transformer.h", "h", config.n_layer, scan_layers, one)
 
 
 def unread(config: GPT2Config, names: Iterable[str]) -> list[str]:

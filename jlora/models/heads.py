@@ -1,4 +1,4 @@
-"""Heads of encoders: pooler, classification, regression, masked language model."""
+"""Heads: the embedding turned round, and of encoders pooler, classification, regression, masked language model."""
 
 from __future__ import annotations
 
@@ -7,28 +7,66 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
-from jlora.models.causal import tied_head
+from jlora.models.hub import ACTIVATIONS
 from jlora.models.tensors import HFTensor, dense_tensors, norm_tensors
 
 HEADS = ("none", "pooled", "classify", "regress", "mlm")
 
 
-def check_head(head: str, tied: bool) -> None:
-    """Raises ValueError for an unknown head, and for a masked model's with a table of its own (`tied` False)."""
-    if head not in HEADS:
-        raise ValueError(f"head {head!r} is not known: {', '.join(HEADS)} are")
-    if head == "mlm" and not tied:
-        raise ValueError("tie_word_embeddings False is not supported under head 'mlm': True is")
+class HeadedEncoder(nn.Module):
+    """An encoder under a head: "none" (hidden states), "pooled", "classify", "regress" or "mlm"; its family gives
+    `embeddings`, in `setup`, and `hidden`. `remat`: as in `layers.stacked`."""
+
+    config: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: bool | str = False
+    head: str = "none"
+
+    def setup(self) -> None:
+        """The head. Raises ValueError for an unknown one, and for a masked model's with a table of its own."""
+        c, parts = self.config, (self.config, self.dtype, self.param_dtype)
+        roberta, judges = c.model_type == "roberta", self.head in ("classify", "regress")
+        if self.head not in HEADS:
+            raise ValueError(f"head {self.head!r} is not known: {', '.join(HEADS)} are")
+        if self.head == "mlm" and not c.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings False is not supported under head 'mlm': True is")
+        if self.head == "pooled" or (judges and not roberta):
+            self.pooler = Pooler(*parts, ACTIVATIONS[c.pooler_hidden_act])
+        if judges and roberta:
+            self.classifier = Classifier(*parts)
+        elif judges:
+            self.classifier = nn.Dense(c.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
+        if self.head == "mlm":
+            self.lm_head = MaskedLM(*parts, ACTIVATIONS["gelu" if roberta else c.hidden_act])
+
+    def hidden(self, tokens: jax.Array, **options: Any) -> jax.Array:
+        """tokens i32 [b, s] -> [b, s, d]."""
+        raise NotImplementedError
+
+    def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array:
+        """tokens i32 [b, s] -> hidden states [b, s, d], pooled [b, d], logits f32 [b, c] or f32 [b, s, v], by head."""
+        hidden = self.hidden(tokens, **options)
+        if self.head == "none":
+            return hidden
+        if self.head == "mlm":
+            return self.lm_head(hidden, self.embeddings.word_embeddings)
+        if self.head == "pooled":
+            return self.pooler(hidden)
+        first = hidden[:, 0] if self.config.model_type == "roberta" else self.pooler(hidden)
+        return self.classifier(first).astype(jnp.float32)
 
 
 class Pooler(nn.Module):
-    """tanh(dense(first token)), or another activation (DeBERTa: gelu)."""
+    """activation(dense(first token)): tanh, in DeBERTa gelu."""
 
     config: Any
     dtype: Any
     param_dtype: Any
-    activation: Any = jnp.tanh
+    activation: Any
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -38,23 +76,16 @@ class Pooler(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Logits of c = `num_labels` classes (one is a regression); `deep`: RoBERTa's, with a tanh layer before."""
+    """RoBERTa's logits of c = `num_labels` classes (one is a regression): out_proj(tanh(dense(x)))."""
 
     config: Any
     dtype: Any
     param_dtype: Any
-    deep: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [b, d] -> [b, c]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if not self.deep:
-            kernel = nn.initializers.lecun_normal()
-            shape = (x.shape[-1], self.config.num_labels)
-            w = self.param("kernel", kernel, shape, self.param_dtype)
-            b = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
-            return x.astype(self.dtype) @ w.astype(self.dtype) + b.astype(self.dtype)
         x = jnp.tanh(nn.Dense(self.config.hidden_size, name="dense", **kinds)(x))
         return nn.Dense(self.config.num_labels, name="out_proj", **kinds)(x)
 
@@ -77,11 +108,20 @@ class MaskedLM(nn.Module):
         return tied_head(embeddings, x) + bias
 
 
+def tied_head(words: nn.Embed, hidden: jax.Array) -> jax.Array:
+    """hidden [..., d] -> logits f32 [..., v], the head that shares the embedding of the tokens [v, d].
+
+    `words.attend` turns the embedding round, which XLA for CPUs does by a copy of it where a loop is around the head.
+    """
+    hidden, table = promote_dtype(hidden, words.embedding, dtype=words.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table).astype(jnp.float32)
+
+
 def head_tensors(head: str, model_type: str) -> list[HFTensor]:
     """The Hub's tensors of a head, after the encoder's."""
     if head in ("classify", "regress"):
         parts = ["classifier/dense", "classifier/out_proj"] if model_type == "roberta" else ["classifier"]
-        return [t for part in parts for t in dense_tensors(part.replace("/", "."), part)]
+        return [tensor for part in parts for tensor in dense_tensors(part)]
     if head != "mlm":
         return []
     if model_type == "roberta":
@@ -89,5 +129,5 @@ def head_tensors(head: str, model_type: str) -> list[HFTensor]:
     else:
         start = "cls.predictions"
         dense, norm, bias = f"{start}.transform.dense", f"{start}.transform.LayerNorm", f"{start}.bias"
-    tensors = [*dense_tensors(dense, "lm_head/dense"), *norm_tensors(norm, "lm_head/layer_norm")]
+    tensors = dense_tensors("lm_head/dense", dense) + norm_tensors("lm_head/layer_norm", norm)
     return [*tensors, HFTensor(bias, "lm_head/bias")]

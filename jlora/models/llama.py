@@ -17,20 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import Sight
-from jlora.models.causal import (
-    attended,
-    causal_inputs,
-    check_causal,
-    empty_cache,
-    layer_input,
-    refuse_others,
-    stacked,
-    through,
-    tied_head,
-    written,
-)
+from jlora.models.causal import Decoder, attended
+from jlora.models.heads import tied_head
+from jlora.models.hub import check_causal, refuse_others
+from jlora.models.layers import layer_input, stacked, through
 from jlora.models.rope import frequencies, rope_of, rotate
-from jlora.models.tensors import HFTensor
+from jlora.models.tensors import HFTensor, dense_tensors, layer_tensors, norm_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +191,10 @@ class Block(nn.Module):
         return x + MLP(*parts, name="mlp")(norm(name="post_attention_layernorm")(x)), kv
 
 
-class Llama(nn.Module):
-    """The decoder. `remat`: as in `stacked`."""
+class Llama(Decoder):
+    """The decoder."""
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = True
-    remat: bool | str = False
 
     def setup(self) -> None:
         """The parts; parameters are named as on the Hub."""
@@ -219,69 +207,30 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
 
-    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
-        """tokens i32 [b, s] -> logits f32 [b, s, v]; options as for `hidden`; with a cache (logits, cache)."""
-        hidden = self.hidden(tokens, **options)
-        if options.get("cache") is not None:
-            return self.head(hidden[0]), hidden[1]
-        return self.head(hidden)
-
-    def init_cache(self, batch: int, size: int) -> dict[str, Any]:
-        """An empty cache for `size` tokens in each of `batch` rows."""
-        c = self.config
-        return empty_cache(
-            c.num_hidden_layers, batch, size, c.num_key_value_heads, c.head_dim, self.dtype, self.scan_layers
-        )
-
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] -> logits f32 [..., v]."""
         if self.config.tie_word_embeddings:
             return tied_head(self.embed_tokens, hidden)
         return self.lm_head(hidden).astype(jnp.float32)
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
-    ) -> Any:
-        """tokens i32 [b, s] -> [b, s, d] after the last norm; with a cache (hidden, cache).
-
-        mask bool [b, s]: True for a real token. segment_ids i32 [b, s]: packed examples, 0 for padding.
-        positions i32 [b, s]: the running count of real tokens if not given. cache: as `init_cache` makes it.
-        """
-        positions, sight, seen, index = causal_inputs(tokens, positions, mask, segment_ids, cache)
+    def states(self, tokens: jax.Array, positions: jax.Array, kv: Any, sight: Sight) -> tuple[jax.Array, Any]:
+        """As `Decoder.states`."""
         if self.config.sliding_window is not None:
             sight = sight.within(self.config.sliding_window)
-        kv = None if cache is None else cache["kv"]
         x, new = through(self.layers, self.embed_tokens(tokens), kv, positions, sight)
-        x = self.norm(x)
-        if cache is None:
-            return x
-        return x, {"kv": written(kv, new, index), "mask": seen, "index": index + tokens.shape[1]}
+        return self.norm(x), new
 
 
 def hf_tensors(config: LlamaConfig, scan_layers: bool = True) -> list[HFTensor]:
     """Every tensor of the Hub's checkpoint and where it lies in the tree."""
     out = [HFTensor("model.embed_tokens.weight", "embed_tokens/embedding"), HFTensor("model.norm.weight", "norm/scale")]
     if not config.tie_word_embeddings:
-        out.append(HFTensor("lm_head.weight", "lm_head/kernel", transpose=True))
+        out += dense_tensors("lm_head", bias=False)
     biased = {"q": config.qkv_bias, "k": config.qkv_bias, "v": config.qkv_bias, "o": config.o_bias}
     linears = {f"self_attn/{name}_proj": bias for name, bias in biased.items()}
     linears |= {f"mlp/{name}_proj": config.mlp_bias for name in ("gate", "up", "down")}
     norms = ["input_layernorm", "post_attention_layernorm"]
     norms += ["self_attn/q_norm", "self_attn/k_norm"] if config.qk_norm else []
-    for n in range(config.num_hidden_layers):
-        where, layer = ("layers", n) if scan_layers else (f"layers_{n}", None)
-        hub = f"model.layers.{n}."
-        for name, bias in linears.items():
-            dotted = hub + name.replace("/", ".")
-            out.append(HFTensor(f"{dotted}.weight", f"{where}/{name}/kernel", layer, transpose=True))
-            if bias:
-                out.append(HFTensor(f"{dotted}.bias", f"{where}/{name}/bias", layer))
-        for name in norms:
-            out.append(HFTensor(f"{hub}{name.replace('/', '.')}.weight", f"{where}/{name}/scale", layer))
-    return out
+    one = [tensor for name, bias in linears.items() for tensor in dense_tensors(name, bias=bias)]
+    one += [tensor for name in norms for tensor in norm_tensors(name, bias=False)]
+    return out + layer_tensors("model.layers", "layers", config.num_hidden_layers, scan_layers, one)

@@ -11,7 +11,8 @@ import pytest
 
 import jlora
 from jlora.io import load
-from jlora.models.bert import ACTIVATIONS, Bert, BertConfig
+from jlora.models.bert import Bert, BertConfig
+from jlora.models.hub import ACTIVATIONS
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_labels": 3}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 40, "initializer_range": 0.3}
