@@ -37,7 +37,11 @@ TESTS = {
     "jlora/tree.py": ["tests/test_tree.py", "tests/test_lora.py"],
     "jlora/io/peft.py": ["tests/io/test_peft.py", "tests/io/test_from_peft.py"],
     "jlora/io/beside.py": ["tests/io/test_peft.py", "tests/faults/test_interrupts.py"],
-    "jlora/io/adapters.py": ["tests/methods/test_named.py", "tests/faults/test_adapter_folders.py"],
+    "jlora/io/adapters.py": [
+        "tests/methods/test_named.py",
+        "tests/methods/test_fused.py",
+        "tests/faults/test_adapter_folders.py",
+    ],
     "jlora/io/peft_read.py": [
         "tests/io/test_peft.py",
         "tests/io/test_from_peft.py",
@@ -50,6 +54,7 @@ TESTS = {
         "tests/methods/test_named.py",
         "tests/faults/test_adapter_folders.py",
     ],
+    "jlora/methods/fused.py": ["tests/methods/test_fused.py"],
     "jlora/io/gguf.py": ["tests/io/test_gguf.py", "tests/faults/test_gguf_files.py"],
 }
 QUIET = ("-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
