@@ -9,7 +9,7 @@ from typing import Any
 from jlora.leaves import is_implicit
 from jlora.plan import estimate as by_formula
 from jlora.plan.known import GIB, topology
-from jlora.plan.setting import METHODS, PlanConfig, Setting, setting
+from jlora.plan.setting import METHODS, PlanConfig, Setting, base_of, setting
 from jlora.plan.tpu import compile_for
 from jlora.plan.wires import wires
 from jlora.tree import paths, size
@@ -42,11 +42,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if not where.compiler:
         out["by"] = "formula only: there is no compiler to ask for a GPU"
     if config.compile:
-        out["compiled_for"] = compiled(config, bytes_["total"])
+        out["compiled_for"] = by_compiler(config, bytes_["total"])
     return out
 
 
-def compiled(config: PlanConfig, estimated: int) -> dict[str, Any]:
+def by_compiler(config: PlanConfig, estimated: int) -> dict[str, Any]:
     """The compiler's figures, in GB, and the estimate's ratio to them."""
     told = compile_for(config)
     kinds = ("arguments", "temporaries", "code", "peak")
@@ -62,9 +62,8 @@ def compiled(config: PlanConfig, estimated: int) -> dict[str, Any]:
 
 def parameters(config: PlanConfig, made: Setting) -> dict[str, int]:
     """How many, by kind. A trained matrix of the model itself (full fine-tuning) counts under its kind."""
-    base = made.state.trained if config.method == "full" else made.frozen
     kinds = {"embeddings": 0, "matrices": 0, "norms and biases": 0}
-    for path, leaf in paths(base, is_implicit).items():
+    for path, leaf in paths(base_of(config, made)[0], is_implicit).items():
         last = path.rsplit("/", 1)[-1]
         kind = "embeddings" if last == "embedding" else "matrices" if last == "kernel" else "norms and biases"
         kinds[kind] += math.prod(leaf.shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec
 from jlora.generate import most_tokens
 from jlora.leaves import is_implicit
 from jlora.models.attention import SHORT
+from jlora.models.gpt2 import GPT2Config
 from jlora.plan.known import Topology, topology
-from jlora.plan.setting import PlanConfig, Setting
+from jlora.plan.setting import PlanConfig, Setting, base_of
 from jlora.sharding import BATCH
 from jlora.tree import nbytes, paths, size
 
@@ -28,7 +29,6 @@ RESERVED = 0.024
 
 GPU_SHARE = 0.75
 """Of a GPU's memory, what JAX takes for programs unless its environment says otherwise."""
-
 
 LANES = 128
 """A TPU fills an array's last axis up to a multiple of this."""
@@ -50,22 +50,13 @@ class Sizes:
 
 
 def sizes_of(config: Any) -> Sizes:
-    """From a config of any decoder family. Raises ValueError where a size is missing."""
-
-    def first(*names: str) -> Any:
-        found = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
-        if found is None:
-            raise ValueError(f"{type(config).__name__} has none of {', '.join(names)}: only decoders are planned")
-        return found
-
-    d = first("hidden_size", "n_embd")
-    gpt = hasattr(config, "n_embd")
-    inner = getattr(config, "n_inner", None) or 4 * d if gpt else first("intermediate_size")
-    heads = first("num_attention_heads", "n_head")
-    k = getattr(config, "head_dim", None) or d // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    tied = bool(getattr(config, "tie_word_embeddings", True))
-    return Sizes(first("num_hidden_layers", "n_layer"), d, inner, heads, groups, k, first("vocab_size"), not gpt, tied)
+    """From a decoder's config of any family."""
+    c = config
+    if isinstance(c, GPT2Config):
+        d, heads = c.n_embd, c.n_head
+        return Sizes(c.n_layer, d, c.n_inner or 4 * d, heads, heads, d // heads, c.vocab_size, False, True)
+    d, f, heads, groups = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads
+    return Sizes(c.num_hidden_layers, d, f, heads, groups, c.head_dim, c.vocab_size, True, c.tie_word_embeddings)
 
 
 def shards(spec: PartitionSpec, mesh: Any) -> int:
@@ -79,44 +70,74 @@ def held(tree: Any, specs: Any, mesh: Any) -> int:
     return sum(nbytes(leaf) // shards(wanted[path], mesh) for path, leaf in paths(tree).items())
 
 
+def tokens_of(plan: PlanConfig, mesh: Any) -> int:
+    """Tokens of one device."""
+    return plan.batch // math.prod(mesh.shape[name] for name in BATCH) * plan.seq // mesh.shape["sequence"]
+
+
+class Activations(NamedTuple):
+    """Bytes on one device of what a layer makes of its tokens: [tokens, d], [tokens, f] and [tokens, h · k]; and how
+    many scores attention holds at once."""
+
+    layer: int
+    inner: int
+    by_head: int
+    scores: int
+
+
+def activations(plan: PlanConfig, run: Setting) -> Activations:
+    """Of one layer."""
+    c, tensor, tokens = sizes_of(run.config), run.mesh.shape["tensor"], tokens_of(plan, run.mesh)
+    plain = plan.attention == "plain" or (plan.attention == "auto" and plan.seq <= SHORT)
+    widths = (wide(plan, c.d), wide(plan, c.f // tensor), c.heads // min(tensor, c.heads) * wide(plan, c.k))
+    scores = tokens * c.heads * plan.seq // tensor if plain else 0
+    return Activations(*(tokens * n * plan.itemsize for n in widths), scores)
+
+
+def wide(plan: PlanConfig, n: int) -> int:
+    """Elements that an axis of n takes as an array's last."""
+    return -(-n // LANES) * LANES if topology(plan.topology).compiler else n
+
+
 def working_set(plan: PlanConfig, run: Setting) -> dict[str, int]:
     """Bytes of activations and temporaries on one device, at the peak: in the loss, or in the last layer's backward
     pass."""
-    c, mesh, where = sizes_of(run.config), run.mesh, topology(plan.topology)
-    tensor, fsdp, e = mesh.shape["tensor"], mesh.shape["fsdp"], jax.numpy.dtype(plan.dtype).itemsize
-    wide = lambda n: -(-n // LANES) * LANES if where.compiler else n
-    b = plan.batch // math.prod(mesh.shape[name] for name in BATCH)
-    s = plan.seq // mesh.shape["sequence"]
-    tokens = b * s
-    layer, inner, by_head = (
-        tokens * n * e for n in (wide(c.d), wide(c.f // tensor), c.heads // min(tensor, c.heads) * wide(c.k))
-    )
-    plain = plan.attention == "plain" or (plan.attention == "auto" and plan.seq <= SHORT)
-    scores = b * c.heads * s * plan.seq // tensor if plain else 0
-    saved = c.layers * layer
-    if plan.remat == "offload":
-        saved = 2 * layer
-    elif plan.remat != "full":
-        saved += c.layers * (
-            inner * (3 if c.gated else 2) + layer * 6 + (0 if plan.remat == "dots" else 3 * e * scores)
-        )
-    weights, matrix = matrices_of(run.frozen if plan.method != "full" else run.state.trained, c)
+    c, of = sizes_of(run.config), activations(plan, run)
     # gathered over fsdp: a matrix while the one before it is used; the head (with its part, turned) as soon as layers
     # run forward, kept until they have run backward; an embedding that is the head in both layouts, for the loss
-    head = c.vocab * wide(c.d) * e // tensor if fsdp > 1 else 0
+    tensor, fsdp = run.mesh.shape["tensor"], run.mesh.shape["fsdp"]
+    head = c.vocab * wide(plan, c.d) * plan.itemsize // tensor if fsdp > 1 else 0
     kept = 0 if c.tied else head + head // fsdp
-    stream = matrix * e // tensor * (2 if fsdp > 1 else 1)
-    block = scores * (4 + e) + inner * (5 if c.gated else 3) + (layer + by_head) * 4
+    # logits as the product gives them, in float32, and their gradient
+    logits = min(plan.chunk, tokens_of(plan, run.mesh)) * c.vocab // tensor * (4 + 2 * plan.itemsize)
+    in_loss = logits + 2 * of.layer + (2 * head if c.tied else kept)
+    in_layer = of.scores * (4 + plan.itemsize) + of.inner * (5 if c.gated else 3) + (of.layer + of.by_head) * 4
+    in_layer += streamed(plan, run) + kept
+    return {"activations": saved(plan, c, of), "temporaries": max(in_layer, in_loss)}
+
+
+def saved(plan: PlanConfig, c: Sizes, of: Activations) -> int:
+    """Bytes that the forward pass keeps for the backward one."""
+    if plan.remat == "offload":
+        return 2 * of.layer
+    if plan.remat == "full":
+        return c.layers * of.layer
+    scores = 0 if plan.remat == "dots" else 3 * plan.itemsize * of.scores
+    return c.layers * (of.inner * (3 if c.gated else 2) + of.layer * 7 + scores)
+
+
+def streamed(plan: PlanConfig, run: Setting) -> int:
+    """Bytes of the weights that are made, or come from other devices, while a layer runs."""
+    weights, matrix = matrices_of(base_of(plan, run)[0], sizes_of(run.config))
+    tensor, fsdp, e = run.mesh.shape["tensor"], run.mesh.shape["fsdp"], plan.itemsize
     if plan.method == "qlora":  # written out from codes: packed, a byte each three times over, and scales in float32
-        stream = matrix * 15 // 2 // tensor
+        return matrix * 15 // 2 // tensor
+    stream = matrix * e // tensor * (2 if fsdp > 1 else 1)
     if plan.method == "full":
         stream += matrix * e // tensor  # its gradient
     if plan.method == "merged":
         stream += 3 * weights * e // (tensor * fsdp)  # A·B, W + A·B and its gradient, all layers at once
-    # logits as the product gives them, in float32, and their gradient
-    logits = min(plan.chunk, tokens) * c.vocab // tensor * (4 + 2 * e)
-    loss = logits + 2 * layer + (2 * head if c.tied else kept)
-    return {"activations": saved, "temporaries": max(block + stream + kept, loss)}
+    return stream
 
 
 def estimate(plan: PlanConfig, run: Setting) -> dict[str, Any]:
@@ -132,7 +153,7 @@ def estimate(plan: PlanConfig, run: Setting) -> dict[str, Any]:
         **working_set(plan, run),
     }
     if plan.method != "full":  # the factors in the dtype of the computation
-        kinds["temporaries"] += trained * jax.numpy.dtype(plan.dtype).itemsize // 4
+        kinds["temporaries"] += trained * plan.itemsize // 4
     return {**kinds, "total": sum(kinds.values())}
 
 
@@ -144,15 +165,12 @@ def flops(plan: PlanConfig, run: Setting) -> float:
     """
     c = sizes_of(run.config)
     tokens = plan.batch * plan.seq
-    again = 1 if plan.remat in ("full", "offload") else 0
-    if plan.method == "full":
-        matrices, _ = matrices_of(run.state.trained, c)
-        passes, extra = 3 + again, 0.0
-    else:
-        matrices, _ = matrices_of(run.frozen, c)
-        passes, extra = 2 + again, 2.0 * size(run.state.trained) * tokens * (3 + again)
-    head = 2.0 * c.vocab * c.d * tokens * (passes + (1 - again))
-    attention = 4.0 * plan.batch * c.layers * plan.seq**2 * c.heads * c.k * (3 + again)
+    matrices, _ = matrices_of(base_of(plan, run)[0], c)
+    passes, extra = 3 + plan.again, 0.0
+    if plan.method != "full":
+        passes, extra = 2 + plan.again, 2.0 * size(run.state.trained) * tokens * (3 + plan.again)
+    head = 2.0 * c.vocab * c.d * tokens * (passes + (1 - plan.again))
+    attention = 4.0 * plan.batch * c.layers * plan.seq**2 * c.heads * c.k * (3 + plan.again)
     return 2.0 * matrices * tokens * passes + extra + head + attention
 
 

@@ -14,7 +14,6 @@ from jlora.models import family
 
 GIB = 2**30
 
-
 TPUS = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 GPUS = {"a100-40": 40 * GIB, "a100": 80 * GIB, "h100": 80 * GIB, "h200": 141 * GIB, "l4": 24 * GIB}
 """Bytes of a device's memory by the vendors' data sheets."""

@@ -54,6 +54,16 @@ class PlanConfig:
     compare: tuple[str, ...] = ()
     """Other methods to put beside this one: full,merged,qlora."""
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of the computation."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def again(self) -> int:
+        """How many times a layer is computed again for the backward pass."""
+        return 1 if self.remat in ("full", "offload") else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -119,6 +129,12 @@ def setting(plan: PlanConfig, devices: Any = None) -> Setting:
         batch_of(plan, mesh),
         make_train_step(spread, tx, lies=lies),
     )
+
+
+def base_of(plan: PlanConfig, run: Setting) -> tuple[Any, Any]:
+    """The model's own weights, and their specs."""
+    full = plan.method == "full"
+    return (run.state.trained, run.state_specs.trained) if full else (run.frozen, run.frozen_specs)
 
 
 def sums_of(plan: PlanConfig, sums: Any) -> Any:

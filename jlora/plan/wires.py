@@ -6,7 +6,6 @@ What an all-gather or an all-to-all leaves where it was is not counted; a sum ov
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -14,8 +13,8 @@ from jax.sharding import PartitionSpec
 from jlora.io.load import layouts_of
 from jlora.leaves import is_implicit
 from jlora.models import family
-from jlora.plan.estimate import shards, sizes_of
-from jlora.plan.setting import PlanConfig, Setting
+from jlora.plan.estimate import shards, sizes_of, tokens_of
+from jlora.plan.setting import PlanConfig, Setting, base_of
 from jlora.sharding import BATCH, specs
 from jlora.tree import nbytes, paths
 
@@ -28,31 +27,15 @@ def wires(plan: PlanConfig, run: Setting) -> dict[str, int]:
     found, gathered = paths(wanted), 0
     for path, leaf in paths(tree).items():
         whole, own = (nbytes(leaf) // shards(spec, mesh) for spec in (without(found[path], "fsdp"), found[path]))
-        gathered += (whole - own) * (passes(plan) if leaf.ndim == 3 and leaf.shape[0] == layers else 1)
+        gathered += (whole - own) * ((2 + plan.again) if leaf.ndim == 3 and leaf.shape[0] == layers else 1)
     alone = math.prod(mesh.shape[name] for name in (*BATCH, "sequence")) == 1
     gradients = 0 if alone else nbytes(run.state.trained) // mesh.shape["tensor"]
     activations = summed(plan, run) + exchanged(plan, run)
     return {"gathered": gathered, "gradients": gradients, "activations": activations}
 
 
-def base_of(plan: PlanConfig, run: Setting) -> tuple[Any, Any]:
-    """The model's own weights, and their specs."""
-    full = plan.method == "full"
-    return (run.state.trained, run.state_specs.trained) if full else (run.frozen, run.frozen_specs)
-
-
-def passes(plan: PlanConfig) -> int:
-    """Of a layer: forward, again under rematerialisation, backward."""
-    return 3 if plan.remat in ("full", "offload") else 2
-
-
 def without(spec: PartitionSpec, name: str) -> PartitionSpec:
     return PartitionSpec(*(None if entry == name else entry for entry in spec))
-
-
-def tokens_of(plan: PlanConfig, mesh: Any) -> int:
-    """Tokens of one device."""
-    return plan.batch // math.prod(mesh.shape[name] for name in BATCH) * plan.seq // mesh.shape["sequence"]
 
 
 def summed(plan: PlanConfig, run: Setting) -> int:
@@ -60,26 +43,26 @@ def summed(plan: PlanConfig, run: Setting) -> int:
 
     The layer's last sum is not taken again under rematerialisation: nothing of the backward pass needs it.
     """
-    c, e = sizes_of(run.config), jax.numpy.dtype(plan.dtype).itemsize
+    c, e = sizes_of(run.config), plan.itemsize
     tree, _ = base_of(plan, run)
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, plan.dtype), tree, is_leaf=is_implicit)
     found = specs(whole, layouts_of(family(run.config.model_type).hf_tensors(run.config)), run.mesh)
     split = [tuple(spec) for path, spec in paths(found).items() if path.endswith("/kernel") and len(spec) == 3]
     rows, columns = (sum(spec[axis] == "tensor" for spec in split) for axis in (1, 2))
-    forward = rows * (passes(plan) - 1) - (1 if rows and passes(plan) == 3 else 0)
+    forward = rows * (1 + plan.again) - (plan.again if rows else 0)
     return (forward + columns) * c.layers * tokens_of(plan, run.mesh) * c.d * e
 
 
 def exchanged(plan: PlanConfig, run: Setting) -> int:
     """Over `sequence`: q, keys, values and output for heads, each a device's share less what stays; or, where there are
     too few heads, keys and values once round the ring in each pass, and their gradients, in float32, home again."""
-    c, e = sizes_of(run.config), jax.numpy.dtype(plan.dtype).itemsize
+    c, e = sizes_of(run.config), plan.itemsize
     n, tensor = run.mesh.shape["sequence"], run.mesh.shape["tensor"]
     if n == 1:
         return 0
     one = c.layers * tokens_of(plan, run.mesh) * c.k  # of one head, all layers
     keys = math.lcm(c.groups, n * tensor)  # a key head that several devices need is copied
     if c.heads % keys == 0:
-        return 2 * (c.heads + keys) // tensor * one * e * passes(plan) * (n - 1) // n
+        return 2 * (c.heads + keys) // tensor * one * e * (2 + plan.again) * (n - 1) // n
     keys = math.lcm(c.groups, tensor)
-    return 2 * keys // tensor * one * ((n - 1) * e * passes(plan) + 4 * n)
+    return 2 * keys // tensor * one * ((n - 1) * e * (2 + plan.again) + 4 * n)
