@@ -65,7 +65,7 @@ way: contextvars.ContextVar[Attention | None] = contextvars.ContextVar("attentio
 
 @contextlib.contextmanager
 def attending(attention: Attention | None) -> Iterator[None]:
-    """Models traced inside attend by `attention` where queries and keys are the same tokens (no cache)."""
+    """Models traced inside attend by `attention` where there are as many queries as keys: not by a step on a cache."""
     token = way.set(attention)
     try:
         yield
@@ -97,13 +97,11 @@ def blockwise(
 ) -> jax.Array:
     """A [block, block] tile of scores at a time, computed again in the backward pass: memory linear in s."""
     b, s, h, k = q.shape
-    count, g = -(-s // block), keys.shape[2]
+    g = keys.shape[2]
     q_parts, k_parts, v_parts = (cut(x, block) for x in (q.reshape(b, s, g, h // g, k), keys, values))
-    q_ids, k_ids = (
-        cut(sight.q_ids + 1, block),
-        cut(sight.k_ids + 1, block),
-    )  # what is padded here has id 0: seen by none
-    starts = jnp.arange(count) * block
+    # what is padded here has id 0: seen by none
+    q_ids, k_ids = cut(sight.q_ids + 1, block), cut(sight.k_ids + 1, block)
+    first_of = starts(s, block)
 
     def tile(carry: Any, query: Any, part: Any) -> Any:
         (q, own, row), (key, value, ids, column) = query, part
@@ -119,11 +117,11 @@ def blockwise(
     def row(query: Any) -> jax.Array:
         shape = (b, g, h // g, block)
         first = (jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, k)))
-        parts = (k_parts, v_parts, k_ids, starts)
+        parts = (k_parts, v_parts, k_ids, first_of)
         (_, total, out), _ = jax.lax.scan(functools.partial(column, query=query), first, parts)
         return (out / total[..., None]).astype(q.dtype)
 
-    return unfolded(jax.lax.map(row, (q_parts, q_ids, starts)), s)
+    return unfolded(jax.lax.map(row, (q_parts, q_ids, first_of)), s)
 
 
 def cut(x: jax.Array, block: int) -> jax.Array:
@@ -132,6 +130,11 @@ def cut(x: jax.Array, block: int) -> jax.Array:
     count = -(-s // block)
     x = jnp.pad(x, ((0, 0), (0, count * block - s), *((0, 0),) * len(rest)))
     return jnp.moveaxis(x.reshape(b, count, block, *rest), 1, 0)
+
+
+def starts(s: int, block: int) -> jax.Array:
+    """i32 [s / block rounded up], the first token of each block."""
+    return jnp.arange(-(-s // block), dtype=jnp.int32) * block
 
 
 def unfolded(out: jax.Array, s: int) -> jax.Array:

@@ -43,10 +43,6 @@ class HeadedEncoder(nn.Module):
         if self.head == "mlm":
             self.lm_head = MaskedLM(*parts, ACTIVATIONS["gelu" if roberta else c.hidden_act])
 
-    def hidden(self, tokens: jax.Array, **options: Any) -> jax.Array:
-        """tokens i32 [b, s] -> [b, s, d]."""
-        raise NotImplementedError
-
     def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array:
         """tokens i32 [b, s] -> hidden states [b, s, d], pooled [b, d], logits f32 [b, c] or f32 [b, s, v], by head."""
         hidden = self.hidden(tokens, **options)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jlora.models.attention import BLOCK, Sight, cut, fold, unfolded
+from jlora.models.attention import BLOCK, Sight, cut, fold, starts, unfolded
 
 AXIS = "sequence"
 
@@ -181,8 +181,3 @@ def gap(away: Any, s: int) -> jax.Array:
     """Tokens from the first of the device `away` places back round the ring to this one's first; negative: later."""
     me = jax.lax.axis_index(AXIS)
     return s * (me - (me - away) % jax.lax.axis_size(AXIS))
-
-
-def starts(s: int, block: int) -> jax.Array:
-    """i32 [c], the first token of each tile."""
-    return jnp.arange(-(-s // block), dtype=jnp.int32) * block
