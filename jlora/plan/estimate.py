@@ -89,9 +89,13 @@ def activations(plan: PlanConfig, run: Setting) -> Activations:
     """Of one layer."""
     c, tensor, tokens = sizes_of(run.config), run.mesh.shape["tensor"], tokens_of(plan, run.mesh)
     plain = plan.attention == "plain" or (plan.attention == "auto" and plan.seq <= SHORT)
-    widths = (wide(plan, c.d), wide(plan, c.f // tensor), c.heads // min(tensor, c.heads) * wide(plan, c.k))
-    scores = tokens * c.heads * plan.seq // tensor if plain else 0
-    return Activations(*(tokens * n * plan.itemsize for n in widths), scores)
+    one, heads = tokens * plan.itemsize, c.heads // min(tensor, c.heads)
+    return Activations(
+        layer=one * wide(plan, c.d),
+        inner=one * wide(plan, c.f // tensor),
+        by_head=one * heads * wide(plan, c.k),
+        scores=tokens * c.heads * plan.seq // tensor if plain else 0,
+    )
 
 
 def wide(plan: PlanConfig, n: int) -> int:
