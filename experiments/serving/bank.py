@@ -26,8 +26,8 @@ from paired import paired, table
 import jlora
 from jlora.bank import AdapterBank
 from jlora.models.llama import Llama, LlamaConfig
-from jlora.serve.engine import sampling
 from jlora.serve.request import Ask
+from jlora.serve.sample import sampling
 from jlora.serve.slots import decode, empty, prefill
 
 

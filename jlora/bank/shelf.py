@@ -58,6 +58,10 @@ class Shelf:
         del frozen  # the base's own weights; what a file holds besides factors is refused by the bank
         return settle(lora)
 
+    def speaker(self, held: Held | None) -> Pretrained:
+        """The base with the chat template of `held`, or, for None, with its own."""
+        return self.base if held is None else held.base
+
     def drop(self, name: str) -> None:
         """Offer it no longer. Raises KeyError for a name that is not held."""
         del self.held[name]

@@ -227,8 +227,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(obj, LoopContext):  # a recursive loop goes into its values
             given = tuple(counted(value) for value in given)
         elif obj is not Names and not isinstance(obj, Macro):
-            owner = getattr(obj, "__self__", None)
-            operands((owner, *given, *named.values()))
+            operands((getattr(obj, "__self__", None), *given, *named.values()))
         return held(super().call(context, obj, *given, **named))
 
     def wrap_str_format(self, value: Any) -> Any:

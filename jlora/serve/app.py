@@ -136,7 +136,7 @@ class Server:
         if not isinstance(options, dict):
             raise BadRequest("stream_options must be an object", "stream_options")
         left = lambda: self.limits.seconds - (time.monotonic() - arrived)
-        tokens = await self.tokens(body, self.engine.speaker(adapter), chat, left())
+        tokens = await self.tokens(body, self.engine.shelf.speaker(adapter), chat, left())
         ask = ask_of(body, tokens, adapter, chat, self.engine.max_length)
         if not chat:
             ask = dataclasses.replace(ask, before=ask.tokens[-CONTEXT:])
@@ -179,7 +179,7 @@ class Server:
 
     async def tokens(self, body: dict[str, Any], base: Pretrained, chat: bool, seconds: float) -> list[int]:
         """The prompt's. Raises QueueFull while as many are read as have a place afterwards, BadRequest."""
-        most = self.engine.most_waiting + len(self.engine.running)
+        most = self.engine.most_waiting + self.engine.batch.slots
         if self.reading >= most:
             raise QueueFull(f"{most} prompts are being read already: try again later")
         loop, given = asyncio.get_running_loop(), (base.tokenizer, chat, base.config.vocab_size, self.most_text)

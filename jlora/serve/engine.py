@@ -13,18 +13,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jlora.bank import AdapterBank, BankFull, Shelf
 from jlora.generate import writes
 from jlora.io.load import Pretrained
 from jlora.io.text import one_line
-from jlora.serve.alone import Alone
+from jlora.serve.batch import Batch
 from jlora.serve.request import Ask, Event, Request
-from jlora.serve.sample import Sampling
-from jlora.serve.slots import decode, empty, prefill, resized, seat
 
 
 class QueueFull(RuntimeError):
@@ -34,10 +28,13 @@ class QueueFull(RuntimeError):
 class Engine:
     """`base` with adapters, `slots` requests at a time of at most `max_length` tokens each, prompt and answer.
 
-    queue: requests that may wait. adapters: how many stay in memory; others are read from disk when asked for.
+    queue: requests that may wait. adapters: how many stay in memory; others are read from disk when asked for. rank: of
+    the adapters expected; a larger one makes room for itself. smallest: tokens of the shortest cache, and prompt, that
+    is compiled for.
     together: prompts of one padded length that are read at once. burst: tokens a slot between two looks at the queue;
     above 1 the device is asked less often, a new request waits longer, and what is written past an end is dropped.
-    merge_after: steps of one adapter alone before it is merged (`serve/alone.py`); 0: never.
+    merge_after: steps of one adapter alone before it is merged (`serve/alone.py`); 0: never. Raises ValueError for a
+    number out of its range, more tokens than the model has positions, an encoder, or a base without a tokenizer.
     """
 
     def __init__(
@@ -70,18 +67,21 @@ class Engine:
         self.base, self.max_length, self.most_waiting = base, max_length, queue
         # at least one adapter more than slots: a request is never kept waiting by the adapters of the others
         self.shelf = Shelf(base, AdapterBank(base.params, capacity=max(adapters, slots + 1), rank=rank))
-        self.alone = Alone(base.params, self.shelf.bank, merge_after)
-        self.running: list[Request | None] = [None] * slots
-        self.smallest, self.together, self.burst = smallest, min(together, slots), burst
-        self.size = smallest
-        self.state = empty(base.model, slots, self.size)
-        self.rows, self.how = np.zeros(slots, np.int32), [Ask((0,))] * slots
-        self.placed: Any = None  # active, rows and settings on the device, as long as nobody comes or goes
+        self.batch = Batch(
+            base,
+            self.shelf,
+            slots=slots,
+            max_length=max_length,
+            smallest=smallest,
+            together=together,
+            burst=burst,
+            merge_after=merge_after,
+        )
+        self.counts = self.batch.counts
         self.waiting: collections.deque[Request] = collections.deque()
         self.admitting: Request | None = None  # in neither of the two, but not to be forgotten
         self.commands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self.changed, self.stopping, self.failed = threading.Condition(), False, ""
-        self.counts: dict[str, float] = collections.defaultdict(float)
         self.thread = threading.Thread(target=self.loop, name="jlora-engine", daemon=True)
 
     # ------------------------------------------------------------ from any thread
@@ -132,10 +132,6 @@ class Engine:
             self.changed.notify()
         return future
 
-    def speaker(self, adapter: Any) -> Pretrained:
-        """The base with the chat template of a `Shelf` entry, or, for None, with its own."""
-        return self.base if adapter is None else adapter.base
-
     def load(self, name: str, folder: Path) -> Future[Any]:
         """Offer an adapter, or a new one under an old name: requests that run keep the old.
 
@@ -152,14 +148,7 @@ class Engine:
 
     def wait_seconds(self) -> int:
         """When a request that found the queue full had better come back."""
-        return 1 + len(self.waiting) // len(self.running)
-
-    def bucket(self, length: int) -> int:
-        """`length` or a little more: the next power of two, so that few shapes are compiled."""
-        size = self.smallest
-        while size < length:
-            size *= 2
-        return min(size, self.max_length)
+        return 1 + len(self.waiting) // self.batch.slots
 
     # ------------------------------------------------------------ the engine's thread
 
@@ -176,12 +165,12 @@ class Engine:
     def wait(self) -> bool:
         """Sleep until there is something to do; False to end."""
         with self.changed:
-            while not (self.stopping or self.waiting or self.commands or any(self.running)):
+            while not (self.stopping or self.waiting or self.commands or self.batch.running):
                 self.changed.wait()
             return not self.stopping
 
     def turn(self) -> None:
-        """Commands, then those who left, at most one new prompt, and one token for everybody."""
+        """Commands, then those who left, new prompts of one length, and a burst of tokens for everybody."""
         while self.commands:
             command, future = self.commands.popleft()
             if not future.set_running_or_notify_cancel():
@@ -192,13 +181,13 @@ class Engine:
                 future.set_exception(error)
         self.clear()
         self.admit()
-        if any(self.running):
-            self.advance()
+        if self.batch.running:
+            self.batch.advance()
 
     def clear(self) -> None:
         now = time.monotonic()
         with self.changed:  # others append to it
-            everybody = [*self.waiting, *filter(None, self.running)]
+            everybody = [*self.waiting, *self.batch.running.values()]
         for request in everybody:
             if request.cancelled or now > request.deadline:
                 request.end("cancelled" if request.cancelled else "timeout", message="out of time")
@@ -207,22 +196,23 @@ class Engine:
             self.waiting = collections.deque(r for r in self.waiting if not r.finish)
         for request in over:
             self.counts[f"finished_{request.finish}"] += 1
-        for slot, request in enumerate(self.running):
-            if request is not None and request.finish:
-                self.free(slot)
+        for slot, request in [*self.batch.running.items()]:
+            if request.finish:
+                self.batch.leave(slot)
 
     def admit(self) -> None:
         """Read prompts of one padded length, as many as there are slots for, at most `together`."""
         group: list[int] = []
-        while None in self.running and len(group) < self.together:
+        length = 0
+        while len(self.batch.running) < self.batch.slots and len(group) < self.batch.together:
             with self.changed:
                 request = self.waiting[0] if self.waiting else None
-                if not request or (group and self.prompt_bucket(request) != self.prompt_bucket(self.running[group[0]])):
+                if not request or (group and self.batch.padded(request.ask) != length):
                     break
                 self.admitting = self.waiting.popleft()
-            slot, ask = self.running.index(None), request.ask
+            length = self.batch.padded(request.ask)
             try:
-                row = self.shelf.pin(ask.adapter)
+                group.append(self.batch.join(request))
             except BankFull:
                 with self.changed:
                     self.waiting.appendleft(request)
@@ -232,114 +222,22 @@ class Engine:
                 self.refuse(request, str(error))
             except Exception as error:  # too little memory for it is a RuntimeError
                 why = f"{type(error).__name__}: {one_line(error)}"
-                self.refuse(request, f"{ask.adapter.name!r} did not get into memory, load one of a lower rank: {why}")
-            else:
-                self.running[slot], self.rows[slot], self.how[slot] = request, row, ask
-                group.append(slot)
+                name = request.ask.adapter.name
+                self.refuse(request, f"{name!r} did not get into memory, load one of a lower rank: {why}")
             self.admitting = None
         if group:
-            self.read(group)
+            self.batch.read(group)
 
     def refuse(self, request: Request, message: str) -> None:
         request.end("error", message=message)
         self.counts["finished_error"] += 1
 
-    def prompt_bucket(self, request: Request | None) -> int:
-        assert request is not None
-        return self.bucket(len(request.ask.tokens))
-
-    def read(self, group: list[int]) -> None:
-        """The prompts of these slots, all of one bucket; the first token of each, or an error for all of them."""
-        asks = [self.how[slot] for slot in group]
-        # one prompt or a full group, so that few shapes are compiled; rows that fill it up have no slot
-        width = 1 if len(group) == 1 else self.together
-        spare = [Ask((0,))] * (width - len(group))
-        tokens = np.zeros((width, self.prompt_bucket(self.running[group[0]])), np.int32)
-        for n, ask in enumerate(asks):
-            tokens[n, : len(ask.tokens)] = ask.tokens
-            self.counts["prompt_tokens"] += len(ask.tokens)
-        counts = np.asarray([len(ask.tokens) for ask in asks] + [0] * len(spare), np.int32)
-        rows = np.asarray([*self.rows[group], *[0] * len(spare)], np.int32)
-        model, weights = self.base.model, self.alone.weights(ask.adapter for ask in asks)
-        try:  # most often memory is short; nothing is given away yet, so the others go on
-            new, cache = jax.block_until_ready(prefill(model, *weights, tokens, counts, rows, sampling(asks + spare)))
-            self.fit(max(tokens.shape[1], self.size))
-        except Exception as error:
-            for slot in group:
-                request = self.running[slot]
-                assert request is not None
-                why = f"{type(error).__name__}: {one_line(error)}"
-                request.end("error", message=f"the prompt of {len(request.ask.tokens)} tokens was not read: {why}")
-                self.free(slot)
-            return
-        places = np.asarray(group + [len(self.running)] * len(spare), np.int32)
-        self.state, self.placed = seat(model, self.state, new, cache, places), None
-        for slot, token in zip(group, np.asarray(new), strict=False):
-            self.take(slot, int(token))
-
-    def advance(self) -> None:
-        """`burst` tokens in every slot, fewer where a cache would overflow."""
-        longest = max(self.length(request) for request in self.running if request is not None)
-        steps = self.burst if longest + self.burst <= self.max_length else 1
-        self.fit(longest + steps)
-        if self.placed is None:
-            active = np.asarray([request is not None for request in self.running])
-            self.placed = jax.device_put((active, self.rows.copy(), sampling(self.how)))
-        adapters = [request.ask.adapter for request in self.running if request is not None]
-        self.counts["merges"] += self.alone.stepped(adapters)
-        weights = self.alone.weights(adapters)
-        new, self.state = decode(self.base.model, steps, *weights, self.state, *self.placed)
-        self.counts["steps"] += steps
-        for tokens in np.asarray(new):
-            for slot, token in enumerate(tokens):
-                if self.running[slot] is not None:  # what is written past an end is dropped
-                    self.take(slot, int(token))
-
-    def length(self, request: Request) -> int:
-        """Tokens in its cache: all but the newest, which the next step reads."""
-        return len(request.ask.tokens) + len(request.new) - 1
-
-    def fit(self, need: int) -> None:
-        """Make the caches long enough, and shorter where a quarter does."""
-        held = [self.length(request) for request in self.running if request is not None and request.new]
-        size = self.bucket(max(need, *held, 0))
-        if size > self.size or 4 * size <= self.size:
-            self.state, self.size = resized(self.base.model, self.state, size), size
-
-    def take(self, slot: int, token: int) -> None:
-        request = self.running[slot]
-        assert request is not None
-        self.counts["generation_tokens"] += 1
-        full = len(request.ask.tokens) + len(request.new) + 1 >= self.max_length
-        base = self.speaker(request.ask.adapter)
-        if request.take(token, base.tokenizer, base.ends, full):
-            self.free(slot)
-
-    def free(self, slot: int) -> None:
-        request = self.running[slot]
-        assert request is not None
-        self.shelf.unpin(request.ask.adapter)
-        self.counts[f"finished_{request.finish}"] += 1
-        self.running[slot], self.how[slot], self.rows[slot], self.placed = None, Ask((0,)), 0, None
-
     def abandon(self, finish: Any, message: str) -> None:
         with self.changed:
             self.stopping = True
-        for request in [*filter(None, [self.admitting, *self.running]), *self.waiting]:
-            if not request.finish:
+        for request in [self.admitting, *self.batch.running.values(), *self.waiting]:
+            if request and not request.finish:
                 request.end(finish, message=message)
         for _, future in self.commands:
             if future.set_running_or_notify_cancel():
                 future.set_exception(RuntimeError(message))
-
-
-def sampling(asks: list[Ask]) -> Sampling:
-    """Their settings as arrays."""
-    column = lambda name, dtype: jnp.asarray([getattr(ask, name) for ask in asks], dtype)
-    return Sampling(
-        column("temperature", jnp.float32),
-        column("top_k", jnp.int32),
-        column("top_p", jnp.float32),
-        column("min_p", jnp.float32),
-        jnp.asarray([ask.seed % 2**32 for ask in asks], jnp.uint32),
-    )

@@ -41,9 +41,9 @@ class Metrics:
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         engine = self.engine
         for name, what, value in (
-            ("running", "Requests in slots.", sum(request is not None for request in engine.running)),
+            ("running", "Requests in slots.", len(engine.batch.running)),
             ("waiting", "Requests in the queue.", len(engine.waiting)),
-            ("slots", "Slots.", len(engine.running)),
+            ("slots", "Slots.", engine.batch.slots),
             ("adapters_offered", "Adapters by name.", len(engine.names())),
             ("adapters_resident", "Adapters in memory.", len(engine.shelf.bank)),
         ):

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
-
 CONTEXT = 5
 """Tokens of a prompt that a text which goes on from it is decoded after."""
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.serve.request import Ask
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,18 @@ class Sampling:
     top_p: Any
     min_p: Any
     seed: Any
+
+
+def sampling(asks: list[Ask]) -> Sampling:
+    """Their settings as arrays."""
+    column = lambda name, dtype: jnp.asarray([getattr(ask, name) for ask in asks], dtype)
+    return Sampling(
+        column("temperature", jnp.float32),
+        column("top_k", jnp.int32),
+        column("top_p", jnp.float32),
+        column("min_p", jnp.float32),
+        jnp.asarray([ask.seed % 2**32 for ask in asks], jnp.uint32),
+    )
 
 
 def draw(logits: jax.Array, how: Sampling, step: jax.Array) -> jax.Array:

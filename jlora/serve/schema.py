@@ -121,7 +121,7 @@ def number(body: Mapping[str, Any], name: str, default: Any, least: float, most:
 
 def flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
-    if value not in (None, True, False) or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if value is not None and not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false, got {str(value)[:40]}", name)
     return bool(value)
 

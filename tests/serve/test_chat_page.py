@@ -75,19 +75,19 @@ def test_a_conversation_stop_and_what_goes_wrong(served, tab, monkeypatch):
         want = served.base.tokenizer.decode(offline(served.base, None, tokens, 8), skip_special_tokens=True)
         assert said(tab, n) == [want]
         history += [{"role": "assistant", "content": want}] if want else []
-    step = served.engine.advance
-    monkeypatch.setattr(served.engine, "advance", lambda: (time.sleep(0.1), step()))
+    step = served.engine.batch.advance
+    monkeypatch.setattr(served.engine.batch, "advance", lambda: (time.sleep(0.1), step()))
     tab.run("at('clear').click()")
     pick(tab, first=NAMES[1], count=40)
     tab.type("x")
     tab.run("at('prompt').value = '<img src=x onerror=alert(1)>', at('send').click()")
     tab.until("at('send').textContent === 'Stop'")
-    until(lambda: any(served.engine.running))
+    until(lambda: served.engine.batch.running)
     tab.run("at('send').click()")
     said(tab, 0)
     assert tab.run("document.querySelector('article span:last-child').textContent") == "stopped"
     assert tab.run("document.querySelectorAll('img').length") == 0
-    until(lambda: not any(served.engine.running))
+    until(lambda: not served.engine.batch.running)
     pick(tab, count=99999)
     tab.run("at('prompt').value = 'x', at('send').click()")
     assert "more than the 64" in said(tab, 1)[0]

@@ -17,12 +17,12 @@ from jlora.io.adapters import load_adapter
 from jlora.models.gpt2 import GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sampling import truncate
-from jlora.serve import engine as engine_module
+from jlora.serve import batch as batch_module
 from jlora.serve import slots as slots_module
 from jlora.serve.alone import Alone
-from jlora.serve.engine import Engine, QueueFull, sampling
+from jlora.serve.engine import Engine, QueueFull
 from jlora.serve.request import Ask, Request
-from jlora.serve.sample import Sampling, draw
+from jlora.serve.sample import Sampling, draw, sampling
 from tests.serve.parts import NAMES, PROMPTS, Asked, offline
 from tests.wait import until
 
@@ -101,14 +101,14 @@ def test_a_stretch_of_one_adapter_runs_on_merged_weights(place):
     base, folder = place
     held = jax.device_get(base.params)
     engine = Engine(base, slots=3, max_length=64, queue=20, adapters=4, smallest=64, merge_after=5)
-    plain, asked, weights = [], [], engine.alone.weights
+    plain, asked, weights = [], [], engine.batch.alone.weights
 
     def ask(prompt, name, where):
         asked.append((Asked(engine, prompt, name, max_tokens=45, ignore_eos=True), where, prompt))
 
     def watched(adapters):
         found = weights(adapters)
-        plain.append(found[1] is engine.alone.no_bank)
+        plain.append(found[1] is engine.batch.alone.no_bank)
         if plain[-1] and len(asked) == 2:  # it has just been merged: others come
             ask(PROMPTS[0], "news", "news")
             ask(PROMPTS[2], None, None)
@@ -118,7 +118,7 @@ def test_a_stretch_of_one_adapter_runs_on_merged_weights(place):
         one.wait()
         return one.request.new == offline(base, folder / where if where else None, prompt, 45, ignore_eos=True)
 
-    engine.alone.weights = watched
+    engine.batch.alone.weights = watched
     engine.start()
     try:
         for name in ("film", "news"):
@@ -135,7 +135,7 @@ def test_a_stretch_of_one_adapter_runs_on_merged_weights(place):
         assert right(*asked[-1]) and plain[-1] and engine.counts["merges"] == merges + 1
         ask(PROMPTS[1], None, None)
         assert right(*asked[-1])
-        assert engine.alone.plain is base.params
+        assert engine.batch.alone.plain is base.params
         assert slots_module.decode._cache_size() <= compiled + 2
         assert jax.tree.all(jax.tree.map(np.array_equal, held, jax.device_get(base.params)))
     finally:
@@ -163,7 +163,7 @@ def test_cancelling_and_running_out_of_time_free_the_slot(served):
     engine.cancel(first.request)
     assert first.wait()[1] in ("cancelled", "length")
     assert other.wait()[1] == "length" and len(other.request.new) == 60
-    until(lambda: not any(engine.running))
+    until(lambda: not engine.batch.running)
     assert not engine.shelf.bank.pins
 
 
@@ -218,11 +218,11 @@ def test_a_merge_that_gets_no_memory_leaves_the_factors(place, monkeypatch, capl
 
 def test_prompts_that_get_no_memory_end_alone(served, monkeypatch):
     base, _, engine = served
-    real = engine_module.prefill
+    real = batch_module.prefill
     large = lambda model, params, bank, tokens, *rest: (
         short() if tokens.shape[1] > 16 else real(model, params, bank, tokens, *rest)
     )
-    monkeypatch.setattr(engine_module, "prefill", large)
+    monkeypatch.setattr(batch_module, "prefill", large)
     other = Asked(engine, (5, 6, 7), max_tokens=50, ignore_eos=True)
     long = [Asked(engine, (5,) * 20, name, max_tokens=4) for name in (None, "film", "news")]
     for one in long:
@@ -233,7 +233,7 @@ def test_prompts_that_get_no_memory_end_alone(served, monkeypatch):
         )
     assert other.wait()[1] == "length"
     assert other.request.new == offline(base, None, (5, 6, 7), 50, ignore_eos=True)
-    until(lambda: not any(engine.running))
+    until(lambda: not engine.batch.running)
     assert not engine.shelf.bank.pins
 
 
@@ -266,8 +266,8 @@ def test_bursts_and_caches_that_grow_and_shrink_write_the_same(served):
     engine = Engine(base, slots=2, max_length=64, smallest=16, together=2, burst=3).start()
     try:
         engine.load("film", folder / "film").result()
-        sizes, fit = set(), engine.fit
-        engine.fit = lambda need: (fit(need), sizes.add(engine.size))
+        sizes, fit = set(), engine.batch.fit
+        engine.batch.fit = lambda need: (fit(need), sizes.add(engine.batch.size))
         cases = [
             ((5, 6, 7, 9, 11, 4, 8) * 2, "film", 50),
             ((12,), None, 3),
@@ -281,7 +281,7 @@ def test_bursts_and_caches_that_grow_and_shrink_write_the_same(served):
         assert sizes == {16, 32, 64}
         last = Asked(engine, (5,), max_tokens=4, ignore_eos=True)
         last.wait()
-        assert engine.size == 16 and last.request.new == offline(base, None, (5,), 4, ignore_eos=True)
+        assert engine.batch.size == 16 and last.request.new == offline(base, None, (5,), 4, ignore_eos=True)
     finally:
         engine.stop()
 
@@ -338,7 +338,7 @@ def test_stop_strings_and_limits(served):
     with pytest.raises(QueueFull, match="20 requests wait"):
         for _ in range(60):
             Asked(engine, prompt, max_tokens=60, timeout=0.3, ignore_eos=True)
-    until(lambda: not any(engine.running) and not engine.waiting)
+    until(lambda: not engine.batch.running and not engine.waiting)
     with pytest.raises(FileNotFoundError):
         engine.load("x", folder).result()
     with pytest.raises(KeyError):

@@ -289,7 +289,7 @@ def test_an_adapter_speaks_by_the_chat_template_beside_it(served, spoken):
         for name in ("spoken", "film", "small")
     }
     assert counts == {"spoken": 3, "film": 9, "small": 9}
-    ends = {name: served.engine.speaker(held).ends for name, held in served.engine.shelf.held.items()}
+    ends = {name: served.engine.shelf.speaker(held).ends for name, held in served.engine.shelf.held.items()}
     assert ends["spoken"] == (2, 0) and ends["film"] == served.base.ends == (2,)
     assert served.post("/v1/unload_lora_adapter", lora_name="spoken").status_code == 200
 
@@ -320,8 +320,8 @@ def test_swapping_an_adapter_under_load_drops_and_mixes_nothing(served):
 
 
 def slowed(monkeypatch, engine):
-    step = engine.advance
-    monkeypatch.setattr(engine, "advance", lambda: (time.sleep(0.05), step()))
+    step = engine.batch.advance
+    monkeypatch.setattr(engine.batch, "advance", lambda: (time.sleep(0.05), step()))
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -330,9 +330,9 @@ def test_a_client_that_goes_frees_its_slot(served, stream, monkeypatch):
     before = served.engine.counts["finished_cancelled"]
     body = json.dumps({"model": "film", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": stream})
     with served.raw(f"content-length: {len(body)}", body) as raw:
-        until(lambda: any(r and len(r.new) > 2 for r in served.engine.running))
+        until(lambda: any(len(r.new) > 2 for r in [*served.engine.batch.running.values()]))
         assert not stream or raw.recv(4096).startswith(b"HTTP/1.1 200")
-    until(lambda: not any(served.engine.running))
+    until(lambda: not served.engine.batch.running)
     assert served.engine.counts["finished_cancelled"] == before + 1
     assert not served.engine.shelf.bank.pins
 
