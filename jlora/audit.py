@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -33,12 +34,14 @@ class Audit:
     flops: of the compiled step as XLA counts them (a loop's body once), None where the backend does not say.
     copies: of frozen weights, transposed or laid out anew, of 1 MB and more inside a loop: paid at every turn.
     bytes: arguments, outputs, temporaries, frozen weights, trained leaves and optimiser state, in bytes.
+    unseen: frozen weights that have a trained leaf's shape, whose gradient theirs could not be told from.
     """
 
     problems: tuple[str, ...]
     flops: float | None
     bytes: dict[str, int]
     copies: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -48,6 +51,8 @@ class Audit:
         lines = [f"{name}: {count / 1e6:,.2f} MB" for name, count in self.bytes.items()]
         lines.append(f"FLOPs (loop bodies once): {self.flops:.3g}" if self.flops else "FLOPs: not told by this backend")
         lines += [f"copy: {copy}" for copy in self.copies]
+        if self.unseen:
+            lines.append(f"not looked at, being of a trained leaf's shape: {', '.join(self.unseen)}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or [
             "no gradient of a frozen weight, none materialised, no optimiser state for one"
         ]
@@ -62,7 +67,11 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
     """
     compiled = (step if hasattr(step, "lower") else jax.jit(step)).lower(*args).compile()
     weights = {path: leaf for path, leaf in paths(frozen, is_implicit).items() if len(wide(shape_of(leaf))) > 1}
-    problems = [*in_program(compiled.as_text() or "", weights), *in_state(opt_state, weights, lora)]
+    arrays = {path: leaf for path, leaf in paths(lora).items() if shape_of(leaf)}
+    known = signatures(weights)
+    shared = known.keys() & signatures(arrays).keys()
+    unseen = dict.fromkeys(path for shape, names in known.items() if shape in shared for path in names)
+    problems = [*in_program(compiled.as_text() or "", weights, shared), *in_state(opt_state, weights, lora)]
     memory = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     counts = {
@@ -74,7 +83,7 @@ def audit(step: Any, *args: Any, frozen: Any, lora: Any, opt_state: Any = ()) ->
         "optimiser state": nbytes(opt_state),
     }
     copies = copied(compiled.as_text() or "", weights)
-    return Audit(tuple(dict.fromkeys(problems)), cost.get("flops"), counts, tuple(dict.fromkeys(copies)))
+    return Audit(tuple(dict.fromkeys(problems)), cost.get("flops"), counts, tuple(dict.fromkeys(copies)), tuple(unseen))
 
 
 def shape_of(leaf: Any) -> Shape:
@@ -102,11 +111,12 @@ def signatures(weights: dict[str, Any]) -> dict[Shape, list[str]]:
     return found
 
 
-def in_program(text: str, weights: dict[str, Any]) -> list[str]:
-    """Instructions that compute something of a frozen matrix's shape, as sentences."""
+def in_program(text: str, weights: dict[str, Any], shared: AbstractSet[Shape] = frozenset()) -> list[str]:
+    """Instructions that compute something of a frozen matrix's shape, as sentences; but for the shapes that are
+    `shared` with what trains."""
     lines = [match.groups() for match in map(INSTRUCTION.match, text.splitlines()) if match]
     dims = {name: [int(n) for n in size.split(",") if n] for name, _, size, _, _ in lines}
-    known = signatures(weights)
+    known = {shape: names for shape, names in signatures(weights).items() if shape not in shared}
     problems: list[str] = []
     for name, kind, _, called, rest in lines:
         paths_here = known.get(wide(dims[name]))

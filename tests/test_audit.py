@@ -80,6 +80,23 @@ def test_a_frozen_gradient_and_its_state_are_found():
     assert any("the optimiser keeps" in problem for problem in report.problems), str(report)
 
 
+def test_a_frozen_weight_of_a_factors_shape_is_no_false_alarm():
+    """A router of as many experts as the rank: the gradient that A is promised has its shape."""
+    params = {"up": jax.random.normal(jax.random.key(0), (D, F)) / 5, "router": jnp.ones((D, 8))}
+
+    def loss(lora, frozen, x):
+        f = lambda p, x: jnp.tanh(x @ p["up"]).sum(1) * jax.nn.softmax(x @ p["router"]).max(1)
+        return jnp.mean(jlora.lift(f)(jlora.combine(frozen, lora), x))
+
+    frozen, lora = jlora.lorafy(params, 8, targets="up")
+    x = jnp.ones((TOKENS, D))
+    report = jlora.audit(jax.grad(loss), lora, frozen, x, frozen=frozen, lora=lora)
+    assert report.ok and report.unseen == ("router",), str(report)
+    assert "not looked at, being of a trained leaf's shape: router" in str(report)
+    report = jlora.audit(jax.grad(loss, argnums=(0, 1)), lora, frozen, x, frozen=frozen, lora=lora)
+    assert any("of the shape of up" in problem for problem in report.problems)  # the others are seen still
+
+
 def test_a_frozen_weight_copied_in_a_loop_is_named():
     frozen = {"w": jnp.zeros((3, 520, 512)), "head": jnp.zeros((600, 512))}
 
