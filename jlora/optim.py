@@ -43,7 +43,7 @@ def label_leaf(leaf: Any) -> Any:
     """The leaf itself with labels for its arrays; a weight that is a leaf in turn is labelled by its own."""
     children = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if not f.metadata.get("static")}
 
-    fixed = getattr(leaf, "fixed", ())
+    fixed, called = getattr(leaf, "fixed", ()), getattr(leaf, "called", {})
 
     def of(name: str, value: Any) -> Any:
         trains = name in leaf.trainable
@@ -54,7 +54,7 @@ def label_leaf(leaf: Any) -> Any:
             }
 
         def label(x: Any) -> Any:
-            return label_leaf(x) if is_implicit(x) else name if trains else "frozen"
+            return label_leaf(x) if is_implicit(x) else called.get(name, name) if trains else "frozen"
 
         return jax.tree.map(label, value, is_leaf=is_implicit)
 
@@ -74,12 +74,17 @@ def trainable_mask(tree: Any, also: Targets = ()) -> Any:
 
 
 def keep() -> optax.GradientTransformation:
-    """Updates that change nothing, not even the sign of a zero: w + (-0.0) is w for every w. No state."""
+    """Updates that change nothing, not even the sign of a zero: w + (-0.0) is w for every w. No state.
+
+    The gradients of integers (`jax.grad(..., allow_int=True)`: a quantised weight's codes) become zeros.
+    """
 
     def init(params: Any) -> optax.EmptyState:
         return optax.EmptyState()
 
-    def zero(update: jax.Array) -> jax.Array:
+    def zero(update: Any) -> jax.Array:
+        if update.dtype == jax.dtypes.float0:
+            return jnp.broadcast_to(jnp.asarray(0), update.shape)  # of a weak type: the sum has that of the codes
         return jnp.full_like(update, -0.0)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

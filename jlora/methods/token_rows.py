@@ -24,6 +24,8 @@ class RowsLeaf(LoraLeaf):
     """A LoRA weight whose A, the one-hot columns of the ids, is fixed."""
 
     trainable: ClassVar[tuple[str, ...]] = ("lora_b",)
+    called: ClassVar[dict[str, str]] = {"lora_b": "rows"}
+    """Labels (`jlora.trainable_labels`) other than the array's name: these are no B, which LoRA+ trains faster."""
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import jlora
-from jlora.methods import token_rows
+from jlora.methods import lora_plus, token_rows
+from jlora.methods.together import together
 from jlora.tree import size
 
 TOKENS = jnp.array([[1, 4, 2, 4]])
@@ -44,6 +45,20 @@ def test_in_one_tree_the_rows_alone_train():
     np.testing.assert_array_equal(after[others], params["table"][others])
     assert jnp.abs(after - params["table"])[jnp.array([4, 7])].min() > 0
     assert sum(jax.tree.leaves(jlora.trainable_mask(tree))) == 1
+
+
+def test_the_rows_are_no_b_to_lora_plus():
+    """In one tree as in two: they have A's rate."""
+    params = {"table": jnp.ones((9, 5)), "kernel": jnp.ones((5, 5))}
+    frozen, trained = together(
+        params, lambda p: token_rows.make(p, {"table": [4, 7]}), lambda p: jlora.lorafy(p, 2, targets="kernel")
+    )
+    assert sorted(jax.tree.leaves(lora_plus.labels(trained))) == ["a", "a", "b"]
+    tree = jlora.combine(frozen, trained)
+    labels = lora_plus.labels(tree)
+    assert labels["table"].lora_b == "a" and labels["kernel"].lora_b == "b"
+    assert jlora.trainable_labels(tree)["table"].lora_b == "rows"
+    assert sorted(jax.tree.leaves(labels)) == ["a", "a", "b", "frozen", "frozen", "frozen"]
 
 
 @pytest.mark.parametrize("ids", [{"tables": [1]}, {"table": [9]}, {"table": [1, 1]}, {"table": []}])
