@@ -17,7 +17,7 @@ from jlora.leaves import is_implicit
 from jlora.models.attention import Attention, attending, plain
 from jlora.quant.leaf import QuantisedLeaf
 from jlora.sequence import over_mesh
-from jlora.sharding import BATCH, weight_spec
+from jlora.sharding import BATCH, check_axes, weight_spec
 from jlora.tree import path_of, paths
 
 HEAD = re.compile(r"(^|/)lm_head/kernel$")
@@ -26,7 +26,8 @@ TABLE = re.compile(r"(^|/)(embed_tokens|wte)/embedding$")
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits a batch's rows."""
+    """Into how many parts the mesh splits a batch's rows. Raises ValueError for a mesh without one of `AXES`."""
+    check_axes(mesh)
     return math.prod(mesh.shape[name] for name in BATCH)
 
 

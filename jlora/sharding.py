@@ -63,6 +63,16 @@ def mesh_sizes(text: str, count: int) -> dict[str, int]:
     return sizes
 
 
+def check_axes(mesh: Mesh) -> None:
+    """Raises ValueError for a mesh without one of `AXES`."""
+    lacking = [name for name in AXES if name not in mesh.shape]
+    if lacking:
+        raise ValueError(
+            f"the mesh has the axes {', '.join(mesh.shape)} and lacks {', '.join(lacking)}: make it by "
+            "jlora.sharding.make_mesh, in which an axis that is not named has size 1"
+        )
+
+
 def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size: int = 2**20) -> Any:
     """A tree of `PartitionSpec`s for weights or for a trained tree (adapters follow their weight).
 
@@ -71,7 +81,9 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
     of layers is never split, nor is an axis whose size the mesh does not divide. What is no array (an activation
     function among a module's leaves) has an empty spec, and `place` leaves it as it is.
     min_size: leaves with fewer elements are replicated: gathering them would cost more than keeping them.
+    Raises ValueError for a mesh without one of `AXES`.
     """
+    check_axes(mesh)
 
     def at(keys: Any, leaf: Any) -> Any:
         path = path_of(keys)
@@ -149,10 +161,11 @@ def like(state: Any, trained: Any, trained_specs: Any) -> Any:
 
     def at(keys: Any, leaf: Any) -> PartitionSpec:
         path = path_of(keys)
-        for own, shape in shapes.items():
-            if getattr(leaf, "shape", None) == shape and (path == own or path.endswith("/" + own)):
-                return wanted[own]
-        return PartitionSpec()
+        ends = [own for own, shape in shapes.items() if getattr(leaf, "shape", None) == shape and under(path, own)]
+        return wanted[max(ends, key=len)] if ends else PartitionSpec()
+
+    def under(path: str, own: str) -> bool:
+        return f"/{path}".endswith(f"/{own}")
 
     return jax.tree_util.tree_map_with_path(at, state)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -86,6 +87,24 @@ def test_a_mesh_is_one_line_and_says_what_does_not_fit():
         sharding.make_mesh("fsdp=4,tensor=2", jax.devices()[:1])
     with pytest.raises(ValueError, match="'model=2' is not AXIS=SIZE"):
         sharding.make_mesh("model=2")
+
+
+def test_a_mesh_of_other_axes_says_which_it_lacks():
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    says = "has the axes model and lacks data, fsdp, tensor, sequence, expert: make it by jlora.sharding.make_mesh"
+    with pytest.raises(ValueError, match=says):
+        sharding.specs({"kernel": jnp.zeros((64, 32))}, None, mesh)
+    with pytest.raises(ValueError, match=says):
+        batch_parts.split_batch({"tokens": np.zeros((4, 8), np.int32)}, mesh)
+
+
+def test_state_follows_the_longest_path_that_ends_its_own():
+    """Where a weight's path ends in another's."""
+    tree = {"dense": {"kernel": jnp.ones((4, 4))}, "enc": {"dense": {"kernel": jnp.ones((4, 4))}}}
+    own = {"dense": {"kernel": P(None, "tensor")}, "enc": {"dense": {"kernel": P("tensor", None)}}}
+    state = optax.adam(1e-3).init(tree)
+    got = sharding.like(state, tree, own)
+    assert got[0].mu == own and got[0].nu == own and got[0].count == P()
 
 
 def test_factors_follow_their_weight_and_small_ones_are_replicated():
