@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from typing import Any
 
@@ -19,8 +20,9 @@ def combine(frozen: Any, lora: Any, *, dropout: float = 0.0, key: Any = None) ->
     Raises ValueError for a dropout out of range or without a key, trees of different structures, shapes that are not of
     one model, or an adapter in the first tree.
     """
-    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout {dropout!r:.40}: it must be at least 0 and below 1")
+    if not isinstance(dropout, numbers.Real) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout!r:.40}: it must be a number of at least 0 and below 1")
+    dropout = float(dropout)
     if dropout and key is None:
         raise ValueError("dropout needs key=: a fresh PRNG key each step (leave both out to evaluate)")
     key = None if key is None else typed(key)

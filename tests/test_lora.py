@@ -249,6 +249,9 @@ def test_dropout_needs_a_key_and_a_probability():
         jlora.combine(frozen, lora, dropout=0.1)
     with pytest.raises(ValueError, match="below 1"):
         jlora.combine(frozen, lora, dropout=1.0, key=jax.random.key(0))
+    key = jax.random.key(0)
+    one, other = (jlora.combine(frozen, lora, dropout=p, key=key) for p in (np.float32(0.25), 0.25))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
 
 
 @pytest.mark.parametrize("shape, layout", [((8, 3), "io"), ((2, 8, 3), "sio")])
