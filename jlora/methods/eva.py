@@ -10,13 +10,12 @@ the gradient's. Where r is far below i it sees C·Omega for a random Omega [i, k
 Tropp et al. 2017, 1706.05736): exact for a C of rank k, and [i, k] numbers a weight instead of [i, i].
 Departures: the covariance of all batches at once, where the paper updates an SVD batch by batch; a stack of layers has
 one rank, its largest, layers of a smaller one having columns of A that are zero, and stay so; the scaling is alpha / r
-for r as given, whatever rank a weight ends with.
+for r as given, whatever rank a weight ends with; an input that never varies has one direction, itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,14 +26,17 @@ import numpy as np
 
 from jlora.config import keep_base
 from jlora.following import FollowingLeaf, Product
-from jlora.leaves import RANK, Labels, as_array, contract
-from jlora.lift import lift
+from jlora.leaves import RANK, Labels, as_array, contract, is_implicit
+from jlora.lift import is_array, lift
 from jlora.lora import LoraFactors, axes_of, is_adapter, leaf_key, lorafy
-from jlora.methods.plant import entries_of, leaves_of
+from jlora.methods.plant import entries_of, leaves_of, replaced
 from jlora.tree import path_of
 
 OVERSAMPLED = 4
 """Columns of Omega for each of rho r directions: the error of the smallest one kept is that of the rest of C, split."""
+NOISE = 32 * float(jnp.finfo(jnp.float32).eps)
+"""What rounding leaves of a variance that is none, as a part of the mean square."""
+TINY = 1e-30
 
 
 def identity(y: jax.Array, zeros: Any, seen: Any) -> jax.Array:
@@ -124,9 +126,15 @@ def make(
     most = math.ceil(rho * rank)
     sees = {path: e for path, e in entries_of(lora).items() if isinstance(e, LoraFactors)}
     taps = {path: zeros_of(e, sketch or OVERSAMPLED * most, leaf_key(key, path)) for path, e in sees.items()}
+    arrays = {path: w for path, w in leaves_of(frozen).items() if is_implicit(w) or is_array(w)}
+
+    @jax.jit
+    def look(arrays: Any, lora: Any, taps: Any, batch: Any, mask: Any) -> Any:
+        return watch(apply, replaced(frozen, arrays), lora, taps, batch, mask)
+
     found: Any = None
     for batch in batches:
-        seen = watch(apply, frozen, lora, taps, batch, None if mask is None else jnp.asarray(mask(batch)))
+        seen = look(arrays, lora, taps, batch, None if mask is None else jnp.asarray(mask(batch)))
         found = seen if found is None else jax.tree.map(jnp.add, found, seen)
     if found is None:
         raise ValueError("EVA needs at least one batch to see")
@@ -161,7 +169,6 @@ def zeros_of(entry: LoraFactors, width: int, key: Any) -> dict[str, jax.Array]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def watch(apply: Any, frozen: Any, lora: Any, taps: Any, batch: Any, mask: Any) -> Any:
     """{path: what its weight saw} of one batch: the gradient of the zeros."""
     weights = leaves_of(frozen)
@@ -194,15 +201,19 @@ def directions(
     rows = {name: seen[name].reshape(-1, size) for name in ("sum", "square")}
 
     def one(gram: jax.Array, sums: jax.Array, squares: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean = sums / count if centre else jnp.zeros_like(sums)
-        gram = gram - count * mean[:, None] * (mean @ flat)
-        trace = jnp.sum(squares) - count * jnp.sum(mean * mean)
+        mean, trace = sums / count, jnp.sum(squares)
+        spread = trace - count * jnp.sum(mean * mean)
+        if centre:
+            varies = spread > NOISE * trace
+            trace = jnp.where(varies, spread, trace)
+            gram = gram - jnp.where(varies, count, 0) * mean[:, None] * (mean @ flat)
         if width == size:
             values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
             values, vectors = values[::-1], vectors[:, ::-1]
         else:
             values, vectors = nystrom(gram, flat)
-        return vectors[:, :most], jnp.maximum(values[:most], 0) / trace
+        explained = jnp.maximum(values[:most], 0) / jnp.maximum(trace, TINY)
+        return vectors[:, :most], jnp.where(trace > TINY, explained, 0)
 
     return jax.lax.map(
         lambda args: one(*args),
@@ -212,7 +223,8 @@ def directions(
 
 def nystrom(y: jax.Array, omega: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(values [k], vectors [i, k]) of the C >= 0 [i, i] with C·omega = y: y (omega^T y)^-1 y^T."""
-    shift = jnp.finfo(y.dtype).eps * jnp.linalg.norm(y) * len(y) ** 0.5  # of a C without full rank
+    # of a C without full rank, or of nothing
+    shift = jnp.maximum(jnp.finfo(y.dtype).eps * jnp.linalg.norm(y) * len(y) ** 0.5, TINY)
     y = y + shift * omega
     core = omega.T @ y
     root = jnp.linalg.cholesky((core + core.T) / 2)
@@ -221,11 +233,14 @@ def nystrom(y: jax.Array, omega: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def distribute(ratios: dict[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
-    """{path: ranks int [s]}: how many of each layer's directions are among the N * rank that explain most."""
+    """{path: ranks int [s]}: how many of each layer's directions are among the N * rank that explain most. Where some
+    explain alike, nothing say, the first of every layer go before its second."""
     flat = np.concatenate([r.ravel() for r in ratios.values()])
-    budget = rank * sum(len(r) for r in ratios.values())
-    least = np.sort(flat)[::-1][min(budget, flat.size) - 1]
-    return {path: (r >= least).sum(1) for path, r in ratios.items()}
+    order = np.concatenate([np.arange(r.size) % r.shape[1] for r in ratios.values()])
+    kept = np.zeros(flat.size, bool)
+    kept[np.lexsort((order, -flat))[: rank * sum(len(r) for r in ratios.values())]] = True
+    ends = np.cumsum([r.size for r in ratios.values()])[:-1]
+    return {path: k.reshape(r.shape).sum(1) for (path, r), k in zip(ratios.items(), np.split(kept, ends), strict=True)}
 
 
 def started(entry: LoraFactors, vectors: jax.Array, ranks: np.ndarray) -> LoraFactors | None:

@@ -9,6 +9,7 @@ from toys import KEY, TOKENS, encoder, llama, stacks
 
 import jlora
 from jlora.methods import eva
+from jlora.methods.plant import entries_of
 from jlora.models.deberta import Deberta, DebertaConfig
 from jlora.tree import size
 
@@ -48,6 +49,32 @@ def test_directions_and_ranks(centre):
     jax.tree.map(np.testing.assert_array_equal, frozen, PARAMS)
     _, even = eva.make(PARAMS, 2, mlp, X, rho=1.0)
     assert [e.lora_a.shape[-1] for e in jax.tree.leaves(even, is_leaf=lambda x: hasattr(x, "lora_a"))] == [2, 2]
+
+
+def ranks_of(lora):
+    return {path: e.lora_a.shape[-1] for path, e in entries_of(lora).items()}
+
+
+@pytest.mark.parametrize("sketch", [None, 8])
+def test_an_input_that_never_varies_has_one_direction(sketch):
+    """Its variance is 0 of 0: no other weight loses its ranks to that, and what is multiplied still learns."""
+    how = {"rho": 2.0, "targets": "kernel", "sketch": sketch}
+    for still in (jnp.ones(12), 0.3 * jax.random.normal(KEY, (12,)) + 100):
+        apply = lambda p, x, still=still: mlp(p, x) + still @ p["still"]["kernel"]
+        _, lora = eva.make(PARAMS | {"still": {"kernel": jnp.ones((12, 9))}}, 2, apply, X, **how)
+        assert ranks_of(lora)["still/kernel"] == 1 and sum(ranks_of(lora).values()) == 6
+        same_space(lora["still"]["kernel"].lora_a, np.asarray(still / jnp.linalg.norm(still))[:, None])
+    off = lambda p, x: mlp(p, x) + jnp.zeros(12) @ p["still"]["kernel"]
+    _, lora = eva.make(PARAMS | {"still": {"kernel": jnp.ones((12, 9))}}, 2, off, X, **how)
+    assert sum(ranks_of(lora).values()) == 6 and "still/kernel" not in ranks_of(lora)
+    _, lora = eva.make(PARAMS, 2, mlp, 0 * X, **how)  # nothing to tell one from another by
+    assert ranks_of(lora) == {"one/kernel": 2, "two/kernel": 2}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lora))
+
+
+def test_ranks_stay_within_their_number_where_directions_are_lacking():
+    _, lora = eva.make(PARAMS, 4, mlp, X[:1, :3], rho=1.5)
+    assert sum(ranks_of(lora).values()) == 8
 
 
 def test_sketch_and_mask():
