@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import jlora
-from jlora.methods import bitfit
+from jlora.bank import AdapterBank
+from jlora.methods import bitfit, eva, full, intrinsic
 from jlora.methods.plant import entries_of
 from jlora.sharding import like, make_mesh, place, specs
 from jlora.tree import paths, size
@@ -168,3 +169,35 @@ def test_leaves_that_are_no_arrays_stand_aside():
     assert placed.layers[1].weight.sharding.mesh == mesh
     state = (tx.init(lora), jnp.tanh)
     assert jax.tree.leaves(like(state, lora, specs(lora, None, mesh)))[-1] == jax.sharding.PartitionSpec()
+
+
+def test_methods_carry_the_leaves_that_are_no_arrays():
+    """EVA, full tuning, a subspace and a bank, on an Equinox module as it is."""
+    model = eqx.nn.MLP(6, 6, 12, 2, key=KEY)
+    model = eqx.tree_at(lambda m: m.layers[0].bias, model, None)
+    run = jlora.lift(lambda model, x: jax.vmap(model)(x))
+    weights = size(eqx.filter(model, eqx.is_array))
+    made = {
+        "eva": eva.make(model, 2, lambda m, x: jax.vmap(m)(x), [X]),
+        "full": full.make(model),
+        "intrinsic": intrinsic.make(model, 30),
+    }
+    assert size(made["full"][1]) == weights and size(made["intrinsic"][1]) == 30
+    for frozen, trained in made.values():
+        tuned = jlora.combine(frozen, trained)
+        assert tuned.activation is model.activation and tuned.layers[0].bias is None
+        np.testing.assert_allclose(run(tuned, X), run(model, X), atol=1e-6)
+        grads = jax.grad(lambda t, frozen=frozen: jnp.sum(run(jlora.combine(frozen, t), X) ** 2))(trained)
+        assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="train: 'ids' matches no leaf"):
+        full.make({"w": X, "ids": jnp.arange(3)}, train="ids")
+    lora = jax.tree.map(lambda x: x + 0.1, made["eva"][1])
+    for base in (model, jlora.quantise(model, "int8", layouts={"weight": "oi"})):
+        bank = AdapterBank(base, capacity=2)
+        bank.add("a", lora)
+        out = run(jlora.combine(base, bank.tree(["a", None])), X[:2])
+        want = [run(tree, X[:2]) for tree in (jlora.combine(base, lora), base)]
+        np.testing.assert_allclose(out, jnp.stack([want[0][0], want[1][1]]), rtol=1e-5, atol=1e-5)
+        merged = bank.merged(base, "a")
+        assert merged.activation is model.activation
+        np.testing.assert_allclose(run(merged, X), run(jlora.combine(base, lora), X), rtol=1e-5, atol=1e-5)

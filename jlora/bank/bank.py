@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.bank.leaf import BankFactors, Method
+from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, axes_of, is_adapter
+from jlora.methods.plant import leaves_of
 from jlora.tree import path_of
 
 
@@ -96,8 +98,8 @@ class AdapterBank:
             raise ValueError(f"most = {most} is below the capacity {capacity}")
         self.dtype = dtype
         self.method: Method = method
-        self.shapes = {path_of(k): leaf.shape for k, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-        self.structure = jax.tree.structure(params)
+        self.shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_of(params).items()}
+        self.structure = jax.tree.structure(params, is_leaf=is_implicit)
         self.factors: dict[str, BankFactors] = {}
         self.slots: OrderedDict[Hashable, int] = OrderedDict()  # the longest unused first
         self.pins: dict[Hashable, int] = {}
@@ -130,7 +132,7 @@ class AdapterBank:
             return params
         slot = jnp.asarray(self.slot(key), jnp.int32)
         at = lambda keys, w: summed(w, held, slot) if (held := self.factors.get(path_of(keys))) else w
-        return jax.tree_util.tree_map_with_path(at, params)
+        return jax.tree_util.tree_map_with_path(at, params, is_leaf=is_implicit)
 
     def add(self, key: Hashable, lora: Any) -> int:
         """Put an adapter in, in the place of one of the same key; returns its slot.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jlora.following import FollowingLeaf, Product, spread
 from jlora.leaves import RANK, Labels, contract
 from jlora.lora import Adapter, axes_of, leaf_key
-from jlora.methods.plant import leaves_of, plant, replaced, within
+from jlora.methods.plant import held, leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of
 from jlora.tree import LAYER, Targets, layer_of, module_of, names_in, slashed
 
@@ -105,11 +105,8 @@ class AdapterLayer(Adapter):
         if self.names is None:
             return self.leaf(w, path, {})
         (kernel, bias), leaves = self.names, leaves_of(w)
-        if bias not in leaves:
-            raise ValueError(
-                f"{within(path, bias)} trains as well: make the method that trains it first, the adapters after"
-            )
-        return replaced(w, {kernel: self.leaf(leaves[kernel], within(path, kernel), {"bias": leaves[bias]})})
+        both = {name: held(leaves, name, path) for name in (kernel, bias)}
+        return replaced(w, {kernel: self.leaf(both[kernel], within(path, kernel), {"bias": both[bias]})})
 
     def leaf(self, w: Any, path: str, extra: dict[str, Any]) -> AdapterLeaf:
         # all of a skipped layer's are zero, so that it adds zero

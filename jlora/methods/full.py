@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.leaves import is_implicit
 from jlora.lora import Adapter, only_plain
-from jlora.methods.plant import leaves_of, plant, whole
+from jlora.methods.plant import floats_of, plant, whole
 from jlora.tree import LAYER, STACK, Targets, select, slashed
 
 
@@ -27,6 +28,8 @@ class TopRows(Adapter):
     rows: Any
 
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
+        if is_implicit(w):
+            raise ValueError(f"{path}: its last rows train whole: make `top` first, the {type(w).__name__} after")
         return jnp.concatenate([w[: w.shape[0] - self.rows.shape[0]], self.rows.astype(w.dtype)])
 
     def describe(self) -> str:
@@ -34,8 +37,8 @@ class TopRows(Adapter):
 
 
 def make(params: Any, *, train: Targets = lambda path, leaf: True, key: Any = None) -> tuple[Any, Any]:
-    """(frozen, trained): every leaf that `train` means trains whole (all of them if it is not given)."""
-    return whole(params, select(train, leaves_of(params), "train"))
+    """(frozen, trained): every leaf of floats that `train` means trains whole (all of them if it is not given)."""
+    return whole(params, select(train, floats_of(params), "train"))
 
 
 def top(params: Any, layers: int, *, also: Targets = (), key: Any = None) -> tuple[Any, Any]:
@@ -44,7 +47,7 @@ def top(params: Any, layers: int, *, also: Targets = (), key: Any = None) -> tup
     Layers are read from paths: `layers_3/...`, `h/3/...`, or rows of the leaves under `layers/...`.
     Raises ValueError where there are none, or fewer than asked for, or for a leaf that is quantised.
     """
-    leaves = leaves_of(params)
+    leaves = floats_of(params)
     extra = select(also, leaves, "also") if callable(also) or list(also) else []
     made = {path: (None, leaves[path]) for path in extra}
     numbers = {path: int(found[1]) for path in leaves if (found := LAYER.search(slashed(path)))}

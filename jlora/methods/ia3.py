@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.lora import Adapter, axes_of
-from jlora.methods.plant import leaves_of, plant, replaced, within
+from jlora.methods.plant import held, leaves_of, plant, replaced, within
 from jlora.methods.points import bias_of, find, layout_of
 from jlora.methods.scaled import ScaledLeaf
 from jlora.tree import Targets, module_of, names_in
@@ -36,8 +36,9 @@ class Ia3(Adapter):
         if self.names is None:
             return ScaledLeaf(w, {"scale": self.scale}, (("scale", self.axes),), path)
         (kernel, bias), leaves = self.names, leaves_of(w)
-        leaf = ScaledLeaf(leaves[kernel], {"scale": self.scale}, (("scale", self.axes),), within(path, kernel))
-        return replaced(w, {kernel: leaf, bias: (leaves[bias] * self.scale).astype(leaves[bias].dtype)})
+        first, second = (held(leaves, name, path) for name in (kernel, bias))
+        leaf = ScaledLeaf(first, {"scale": self.scale}, (("scale", self.axes),), within(path, kernel))
+        return replaced(w, {kernel: leaf, bias: (second * self.scale).astype(second.dtype)})
 
     def describe(self) -> str:
         return f"scaled by {list(self.scale.shape)}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from jlora.leaves import as_array
 from jlora.lora import Adapter
-from jlora.methods.plant import leaves_of, replaced
+from jlora.methods.plant import floats_of, held, leaves_of, replaced
 from jlora.tree import STACK, Targets, select, slashed
 
 ENTRIES = 4
@@ -119,7 +119,7 @@ class Subspace(Adapter):
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
         """The tree of weights W0 + P(theta), arrays: the difference has no small factors to keep apart."""
         leaves = leaves_of(w)
-        arrays = {name: as_array(leaves[name]) for name, _ in self.chosen}
+        arrays = {name: as_array(held(leaves, name, path)) for name, _ in self.chosen}
         ends = list(itertools.accumulate(x.size for x in arrays.values()))
         drawn = PROJECTIONS[self.projection](jax.random.key(self.seed), self.size * self.theta, ends[-1])
         moved = {}
@@ -147,7 +147,7 @@ def make(
     dtype: Any = jnp.float32,
     key: Any = None,
 ) -> tuple[Any, Subspace]:
-    """(frozen, trained): theta [dimension] moves the leaves that `train` means (all, if it is not given).
+    """(frozen, trained): theta [dimension] moves the leaves of floats that `train` means (all, if not given).
 
     said: with a trained scale a weight (a row of a stack each its own), which start at 1; they count in `dimension`.
     size: the difference's root mean square a unit of theta's. key: unused; `seed` makes the projection.
@@ -155,11 +155,10 @@ def make(
     """
     if projection not in PROJECTIONS:
         raise ValueError(f"projection {projection!r} is not known: {', '.join(PROJECTIONS)} are")
-    leaves = leaves_of(params)
+    leaves = floats_of(params)
     chosen = tuple(
         (path, leaves[path].shape[0] if STACK.search(slashed(path)) and len(leaves[path].shape) > 1 else 0)
         for path in select(train, leaves, "train")
-        if jnp.issubdtype(leaves[path].dtype, jnp.floating)
     )
     scales = {path: jnp.ones((rows,) if rows else (), dtype) for path, rows in chosen} if said else None
     left = dimension - sum(s.size for s in (scales or {}).values())

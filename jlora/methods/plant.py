@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora.leaves import is_implicit
 from jlora.lora import is_adapter, only_plain
@@ -15,6 +16,11 @@ from jlora.tree import path_of, paths
 def leaves_of(params: Any) -> dict[str, Any]:
     """The leaves of a tree of weights by path, an implicit leaf being one."""
     return paths(params, is_implicit)
+
+
+def floats_of(params: Any) -> dict[str, Any]:
+    """Those of `leaves_of` that can train: no integers, nor what is no array, as a module's activation function."""
+    return {path: x for path, x in leaves_of(params).items() if jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating)}
 
 
 def plant(params: Any, made: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -52,6 +58,15 @@ def plant(params: Any, made: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
 def within(module: str, name: str) -> str:
     """The path of what is at `name` in a module, which may be the whole tree ("")."""
     return f"{module}/{name}" if module else name
+
+
+def held(leaves: Mapping[str, Any], name: str, module: str) -> Any:
+    """The leaf `name` among a module's. Raises ValueError where it is not, as a method made later trains it whole."""
+    if name not in leaves:
+        raise ValueError(
+            f"{within(module, name)} trains as well: make the method that trains it first, the others after"
+        )
+    return leaves[name]
 
 
 def replaced(node: Any, new: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ import numpy as np
 from jlora.following import FollowingLeaf, Product
 from jlora.leaves import RANK, ImplicitLeaf, Labels, as_array, is_implicit
 from jlora.lora import Adapter, axes_of, leaf_key
-from jlora.methods.plant import leaves_of, plant, replaced, within
+from jlora.methods.plant import held, leaves_of, plant, replaced, within
 from jlora.methods.points import POINTS, find, layout_of
 from jlora.tree import module_of, slashed
 
@@ -158,7 +158,7 @@ class PrefixLayer(Adapter):
 
     def attach(self, w: Any, path: str, dropout: float = 0.0, key: Any = None) -> Any:
         leaves, beside, axes = leaves_of(w), {"prefix": self.prefix}, (("prefix", self.axes),)
-        return replaced(w, {name: PrefixLeaf(leaves[name], beside, axes, within(path, name)) for name in self.names})
+        return replaced(w, {n: PrefixLeaf(held(leaves, n, path), beside, axes, within(path, n)) for n in self.names})
 
     def describe(self) -> str:
         return f"{self.prefix.shape[-2]} columns of {', '.join(self.names)}"

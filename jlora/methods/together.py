@@ -12,17 +12,25 @@ from typing import Any
 import jax
 
 from jlora.lora import Together, is_adapter
+from jlora.methods.plant import entries_of
 
 
 def together(params: Any, *makes: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Together]:
     """(frozen, trained) of all `makes`, each a function of a tree of weights that gives (frozen, trained).
 
     `trained` goes where one method's would: `combine`, `merge`, `summary`, an optimiser. What a later method trains
-    whole (a bias), an earlier one cannot use: BitFit comes before adapters.
+    whole (a bias), an earlier one cannot use: BitFit comes before adapters. Raises ValueError where a weight that has
+    an adapter trains whole afterwards, and what the makes raise.
     """
-    trees = []
+    trees, adapted = [], dict[str, Any]()
     for make in makes:
         params, trained = make(params)
+        entries = entries_of(trained)
+        for path in adapted.keys() & entries.keys():
+            if not is_adapter(entries[path]):
+                kind = type(adapted[path]).__name__
+                raise ValueError(f"{path} trains whole, and has {kind} as well: leave it out of one of the methods")
+        adapted |= {path: entry for path, entry in entries.items() if is_adapter(entry)}
         trees.append(trained)
     return params, Together(tuple(trees))
 

@@ -7,7 +7,7 @@ import pytest
 from toys import KEY, TOKENS, encoder, jitter, llama
 
 import jlora
-from jlora.methods import adapter, bitfit
+from jlora.methods import adapter, bitfit, full, ia3, intrinsic
 from jlora.methods.together import together
 from jlora.tree import size
 
@@ -106,7 +106,40 @@ def test_refusals():
         jlora.combine(frozen, both)
 
 
+FULL = lambda p: full.make(p, train="kernel")
+
+
+@pytest.mark.parametrize(
+    ("makes", "said"),
+    [
+        (
+            (lambda p: ia3.make(p, targets="fc2", feedforward=()), bitfit.make),
+            "fc2/bias trains as well: make the method that",
+        ),
+        ((lambda p: intrinsic.make(p, 40), bitfit.make), "fc2/bias trains as well"),
+        (
+            (lambda p: jlora.lorafy(p, 2), FULL),
+            "fc2/kernel trains whole, and has LoraFactors as well: leave it",
+        ),
+        ((lambda p: adapter.make(p, 3, points="fc2"), FULL), "fc2/kernel trains as well"),
+    ],
+)
+def test_methods_that_do_not_go_together_say_so(makes, said):
+    with pytest.raises(ValueError, match=said):
+        jlora.combine(*together(PARAMS, *makes))
+    if makes[1] is bitfit.make:
+        jlora.combine(*together(PARAMS, *reversed(makes)))  # as it says
+
+
 def test_mask_of_a_combined_tree_leaves_the_bias_out():
     frozen, trained = adapter.make(PARAMS, 3, points="fc2")
     mask = jlora.trainable_mask(jlora.combine(frozen, trained))
     assert sum(jax.tree.leaves(mask)) == len(jax.tree.leaves(trained)) == 4
+
+
+def test_the_top_rows_of_a_stack_come_before_what_adapts_it():
+    params = {"layers": {"kernel": jnp.ones((3, 4, 4))}}
+    makes = [lambda p: full.top(p, 1), lambda p: jlora.lorafy(p, 2, layouts={"kernel": "sio"})]
+    jlora.combine(*together(params, *makes))
+    with pytest.raises(ValueError, match="layers/kernel: its last rows train whole: make `top` first, the LoraLeaf"):
+        jlora.combine(*together(params, *reversed(makes)))
