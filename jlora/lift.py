@@ -58,7 +58,7 @@ def lift(f: F, *, strict: bool = False) -> F:
     return lifted  # pyright: ignore[reportReturnType]
 
 
-def stand_in(leaf: ImplicitLeaf) -> jax.ShapeDtypeStruct:
+def stand_in(leaf: Any) -> jax.ShapeDtypeStruct:
     """The weight's type, its place on an explicit mesh and, inside a `shard_map`, the axes it varies over included."""
     if jax.sharding.get_abstract_mesh().manual_axes or on_explicit_mesh(*jax.tree.leaves(leaf)):
         try:
