@@ -147,6 +147,24 @@ def gpt2(tmp_path_factory):
     return {"model": str(folder / "model"), "data": rows(folder, 24)}
 
 
+def test_a_prefix_takes_positions_of_a_table(gpt2, tmp_path, capsys):
+    """32 of them: 25 columns leave no room for a row of 12 tokens, which would read NaN."""
+    place = ["--model", gpt2["model"], "--data", gpt2["data"]]
+    says = "small has 32 positions, 25 of them its prefix's, a row has 12 tokens: set max_length to 7"
+
+    def refused(*args):
+        with pytest.raises(SystemExit, match="1"):
+            main([*args, *place])
+        return says.replace("small", gpt2["model"]) in capsys.readouterr().err
+
+    train = ["train", "--output", str(tmp_path / "run"), "--steps", "1"]
+    for more in (["prefix"], ["prompt", "--dry-run"]):
+        assert refused(*train, "--virtual-tokens", "25", "--method", *more)
+    base, settings = load(gpt2["model"]), named.MethodConfig("prefix-kv", virtual_tokens=25)
+    save_adapter(tmp_path / "kv", base, named.make(base.params, settings)[1], settings)
+    assert refused("eval", "--adapter", str(tmp_path / "kv"))
+
+
 def c_attn(base, adapter=None):
     frozen, lora = (base.params, None) if adapter is None else load_adapter(base, adapter)[:2]
     merged = base.params if lora is None else jlora.merge(frozen, lora)

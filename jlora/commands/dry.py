@@ -18,6 +18,7 @@ from jlora.commands.settings import TrainConfig, say
 from jlora.commands.tasks import Answers
 from jlora.data import Example
 from jlora.io import Pretrained
+from jlora.methods.columns import reading
 from jlora.tree import nbytes, size
 
 
@@ -33,6 +34,7 @@ def describe(
     say(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}))
     frozen, lora = jax.eval_shape(make, base.params)
     say(jlora.summary(frozen, lora))
+    task.fits(dataclasses.replace(base, model=reading(base.model, frozen, lora)), [*examples, *tests])
     source, sequences = task.planned(examples), task.flat(examples)
     steps = len(source)
     batch = source[0]

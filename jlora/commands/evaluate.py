@@ -93,6 +93,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
     if config.adapter:
         frozen, lora, _ = load_adapter(base, config.adapter)
         tuned = dataclasses.replace(base, model=reading(base.model, frozen, lora))
+        task.fits(tuned, examples)
         models["adapter"] = (tuned, jlora.combine(frozen, lora))
     report: dict[str, Any] = {"rows": len(rows), "cut": task.cut}
     if isinstance(task, Labels):

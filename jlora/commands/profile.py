@@ -33,6 +33,7 @@ def profile_command(config: ProfileConfig) -> dict[str, Any]:
     frozen, lora = made_by(config, base, task.whole)[1](base.params)
     spread = task.spread
     examiner = Examiner(config, task, base, spread.tree(frozen), spread.tree(lora))
+    task.fits(examiner.tuned, examples)
     source = task.planned(examples)
     batch = max((source[n] for n in range(8)), key=lambda batch: batch["mask"].sum())
     shape = list(batch["tokens"].shape)

@@ -80,6 +80,7 @@ def train_in(
         return folder
 
     examiner = Examiner(config, task, base, task.spread.tree(frozen), task.spread.tree(lora))
+    task.fits(examiner.tuned, [*examples, *tests])
     first = jax.process_index() == 0
     mine = dataclasses.replace(config, track=config.track if first else ())
     with on_sigterm() if jax.process_count() == 1 else nullcontext(stopper()) as stop:

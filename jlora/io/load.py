@@ -68,13 +68,18 @@ class Pretrained:
         return dataclasses.replace(self, tokenizer=tokenizer, stops=(*self.stops, *turn_end(tokenizer)))
 
     def check(self, length: int, token: int) -> None:
-        """Raises ValueError for more positions than the model has a table for, or a token that it does not have: the
-        row read instead is NaN."""
+        """Raises ValueError for more positions than the model has a table for, a prefix's columns counted, or a token
+        that it does not have: the row read instead is NaN."""
         most = {"gpt2": "n_positions", "bert": "max_position_embeddings", "roberta": "max_position_embeddings"}
         rows = getattr(self.config, most.get(self.config.model_type, ""), length)
         rows -= self.config.pad_token_id + 1 if self.config.model_type == "roberta" else 0
-        if length > rows:
-            raise ValueError(f"{self.source} has {rows} positions, a row has {length} tokens: set max_length to {rows}")
+        columns = getattr(self.model, "n", 0)
+        if length > rows - columns:
+            taken = f", {columns} of them its prefix's" if columns else ""
+            raise ValueError(
+                f"{self.source} has {rows} positions{taken}, a row has {length} tokens: set max_length to "
+                f"{rows - columns}"
+            )
         if token >= self.config.vocab_size:
             raise ValueError(
                 f"token {token} is past the {self.config.vocab_size} of {self.source}: its tokenizer has grown, "

@@ -195,8 +195,8 @@ class Bert(HeadedEncoder):
     ) -> jax.Array:
         """tokens i32 [b, s] -> [b, s, d]. mask bool [b, s]: True for a real token.
 
-        positions i32 [b, s]: 0, 1, ... if not given; in RoBERTa counted over tokens that are not padding, from
-        pad_token_id + 1.
+        positions i32 [b, s]: 0, 1, ... if not given, and 0 of padding; in RoBERTa counted over tokens that are not
+        padding, from pad_token_id + 1.
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         if positions is None and self.config.model_type == "roberta":
@@ -204,7 +204,8 @@ class Bert(HeadedEncoder):
             real = (tokens != pad).astype(jnp.int32)
             positions = jnp.cumsum(real, axis=1) * real + pad
         elif positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            # padding may go past the table, whose rows there are NaN
+            positions = jnp.where(mask, jnp.arange(tokens.shape[1])[None], 0)
         types = jnp.zeros_like(tokens) if token_type_ids is None else token_type_ids
         return self.encoder(self.embeddings(tokens, positions, types), mask)
 

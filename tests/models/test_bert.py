@@ -122,3 +122,12 @@ def test_the_real_minilm(tmp_path):
     mask = batch["attention_mask"].astype(bool)
     got = ours.model.apply({"params": ours.params}, jnp.asarray(batch["input_ids"]), mask=jnp.asarray(mask))
     assert np.abs(np.asarray(got)[mask] - want[mask]).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_padding_past_the_table_of_positions_is_no_nan():
+    """A row as long as the table, padded to a multiple of 8 with the others of its batch."""
+    model = Bert(BertConfig(20, 16, 24, 2, 2, max_position_embeddings=13))
+    tokens, mask = jnp.arange(16)[None], jnp.arange(16)[None] < 13
+    params = model.init(jax.random.key(0), tokens[:, :4])
+    got = model.apply(params, tokens, mask=mask)[:, :13]
+    np.testing.assert_allclose(got, model.apply(params, tokens[:, :13]), rtol=1e-5, atol=1e-5)

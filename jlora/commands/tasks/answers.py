@@ -67,9 +67,13 @@ class Answers:
             raise DataError(f"{name}: there is nothing to learn from its rows within max_length = {most}")
         if lost := len(found) - len(good):
             say(f"{name}: {lost} of {len(found)} examples are left out: the cut leaves nothing to learn in them")
-        flat = self.flat(good)
-        base.check(max(len(e.tokens) for e in flat), max(int(e.tokens.max(initial=0)) for e in flat))
+        self.fits(base, good)
         return good
+
+    def fits(self, base: Pretrained, examples: list[Any]) -> None:
+        """Raises ValueError for tokens or positions that the model lacks; once it has its prefix, that takes some."""
+        flat = self.flat(examples)
+        base.check(max(len(e.tokens) for e in flat), max(int(e.tokens.max(initial=0)) for e in flat))
 
     def tokenised(self, rows: list[Row], base: Pretrained) -> tuple[list[Any], int]:
         """(examples, how many were cut)."""
