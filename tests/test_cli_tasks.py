@@ -205,6 +205,11 @@ def test_preferences(loss, tmp_path, capsys):
     assert report["after"]["accuracy"] == 1 and report["after"]["loss"] < report["before"]["loss"]
     if loss == "dpo":
         assert report["before"]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        more = ["train", *place, *args, "--steps", "1", "--adapter", str(tmp_path / "run" / "adapter")]
+        again = result(capsys, *more, "--output", str(tmp_path / "again"))
+        assert again["before"]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        again = result(capsys, *more, "--reference", "base", "--output", str(tmp_path / "base"))
+        assert again["before"]["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)
     judged = result(capsys, "eval", *place, "--adapter", str(tmp_path / "run" / "adapter"), "--draws", "20")
     assert judged["adapter"]["accuracy"] == 1 and judged["difference"]["margin"] > 0.5
 

@@ -38,7 +38,7 @@ def compiled_ahead(
     batch = task.spread.shapes(source.longest())
     say(f"compiling the step for {config.topology}, {list(batch['tokens'].shape)} tokens")
     try:
-        found = compile_step(step, state, task.spread.tree(frozen), batch)
+        found = compile_step(step, state, task.held(*map(task.spread.tree, (frozen, start))), batch)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"the compiler for {config.topology} refused: {reason(str(error))}") from None
     say(f"a chip holds {found['peak'] / 1e9:.2f} GB of {room(topology(config.topology)) / 1e9:.1f}")

@@ -30,7 +30,7 @@ class Examiner:
         self.config, self.task, self.base = config, task, base
         self.frozen, self.lora = frozen, lora
         self.tuned = dataclasses.replace(base, model=reading(base.model, frozen, lora))
-        self.judge = task.judge(self.tuned)
+        self.judge, self.held = task.judge(self.tuned), task.held(frozen, lora)
         self.testing: Any = None
         self.shown: list[Row] = []
         self.asked: dict[Prompt, list[str]] = {}
@@ -72,7 +72,7 @@ class Examiner:
     def figures(self, name: str, trained: Any) -> dict[str, float]:
         """The task's figures of the held-out examples."""
         with Reporter(len(self.testing), label=f"evaluating {name}") as bar:
-            found = self.judge(trained, self.frozen, self.testing, self.stop, bar.update)
+            found = self.judge(trained, self.held, self.testing, self.stop, bar.update)
         told(name, found)
         return found
 

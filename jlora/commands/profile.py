@@ -39,7 +39,7 @@ def profile_command(config: ProfileConfig) -> dict[str, Any]:
     shape = list(batch["tokens"].shape)
     say(f"compiling and running a step on tokens {shape}, {int(batch['mask'].sum())} of them real")
     state, step = task.begin(examiner.tuned, examiner.lora, len(source))
-    found = profile(step, state, examiner.frozen, jax.device_put(spread.batch(batch)), repeats=config.repeats)
+    found = profile(step, state, examiner.held, jax.device_put(spread.batch(batch)), repeats=config.repeats)
     say(str(found))
     names = ("instruction", "kind", "seconds", "scope")
     longest = [dict(zip(names, line, strict=True)) for line in found.longest]

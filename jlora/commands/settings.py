@@ -89,6 +89,8 @@ class TrainConfig(MethodConfig, Source):
     """answers: of the answers' tokens, or of labels; dpo, orpo: of preferences."""
     beta: float = 0.1
     """DPO's beta, ORPO's weight of the odds ratio."""
+    reference: Literal["start", "base"] = "start"
+    """DPO's, where there is an `adapter` to go on from: the model with it as it is at first, or the base without it."""
     labels: Literal["auto", "classes", "numbers"] = "auto"
     """What labels are; auto: numbers where all are and one has a decimal point."""
     class_weights: tuple[str, ...] = ()

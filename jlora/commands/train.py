@@ -177,7 +177,7 @@ def fitted(
         if not ended:
             how = {"save_every": config.save_every, "bad_steps": config.bad_steps, "keep_bad": watch.keep_bad}
             how |= {"log": watch.step, "after": after, "stop": examiner.stop, "steps": steps}
-            state = fit(step, state, examiner.frozen, batches, checkpoints=checkpoints, **how)
+            state = fit(step, state, examiner.held, batches, checkpoints=checkpoints, **how)
     say(f"trained in {time.monotonic() - began:.0f} s; {watch.pace}")
     checkpoints.close()
     number = int(state.step)

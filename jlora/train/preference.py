@@ -1,7 +1,8 @@
 """Learning from pairs: DPO (Rafailov et al. 2023) and ORPO (Hong et al. 2024).
 
 DPO's reference is the frozen tree itself, the adapter off: no second model is held. So a method must leave the base in
-there as it was, and start as the base does: the loss of a pair is log 2 then.
+there as it was, and start as the base does: the loss of a pair is log 2 then. Or it is the frozen tree under the
+adapter that training goes on from, whose factors alone are held beside.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ def orpo(chosen: jax.Array, rejected: jax.Array, weight: float) -> Any:
 
 
 def preference_sums(
-    model: Any, kind: str, beta: float = 0.1, dropout: float = 0.0
+    model: Any, kind: str, beta: float = 0.1, dropout: float = 0.0, started: bool = False
 ) -> Callable[[Any, Any, Any, Any], Sums]:
     """f(trained, frozen, batch, key) -> `Sums` over the pairs of `PairSource`: `loss` summed, `tokens` and `examples`
     the pairs, the others those whose chosen answer leads. kind: "dpo" or "orpo"; beta: DPO's, or ORPO's weight.
-    dropout: of the adapter's input, where a key is given.
+    dropout: of the adapter's input, where a key is given. started: `frozen` is then (frozen, start), and DPO's
+    reference the model under the trained tree `start`.
 
-    Raises ValueError for another kind, and for DPO where a leaf is trained whole, so that its reference would be lost,
-    or with a prefix, behind which the model does not start as the base.
+    Raises ValueError for another kind, and for DPO from the base where a leaf is trained whole, so that its reference
+    would be lost, or with a prefix, behind which the model does not start as the base.
     """
     if kind not in ("dpo", "orpo"):
         raise ValueError(f"preference loss {kind!r} is not known: dpo, orpo are")
-    if kind == "dpo" and isinstance(model, Prefixed | Filled):
+    if kind == "dpo" and not started and isinstance(model, Prefixed | Filled):
         raise ValueError("dpo starts at the base, its reference, and a prefix does not: use method lora, or loss orpo")
     lifted = jlora.lift(example_sums(model))
 
@@ -57,13 +59,15 @@ def preference_sums(
         return logp[::2], logp[1::2], size[::2], size[1::2]
 
     def sums(trained: Any, frozen: Any, batch: Any, key: Any) -> Sums:
+        frozen, start = frozen if started else (frozen, None)
         drop = dropout if key is not None else 0.0
         params = jlora.combine(frozen, trained, dropout=drop, key=key if drop else None)
         chosen, rejected, size, other = pairs(params, batch)
         if kind == "dpo":
-            if any(leaf is None for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: leaf is None)):
+            reference = jlora.combine(frozen, start) if started else frozen
+            if not started and any(leaf is None for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: leaf is None)):
                 raise ValueError("dpo needs the base as its reference: train no weight whole, or use loss orpo")
-            first, second = map(jax.lax.stop_gradient, pairs(frozen, batch)[:2])
+            first, second = map(jax.lax.stop_gradient, pairs(reference, batch)[:2])
             loss, margin = dpo(chosen, rejected, first, second, beta)
         else:
             loss, margin = orpo(chosen / jnp.maximum(size, 1), rejected / jnp.maximum(other, 1), beta)

@@ -16,6 +16,7 @@ from jlora.methods import named
 from jlora.methods.columns import reading
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.train import init_state, make_train_step
+from jlora.train.loss import example_sums
 from jlora.train.preference import PairSource, dpo, orpo, preference_sums
 
 MODEL = Llama(LlamaConfig(31, 32, 48, 2, 4, 2, 8))
@@ -68,6 +69,26 @@ def test_dpo_starts_at_log_2_or_refuses(method):
                 sums()(trained, frozen, BATCH, None)
             return
     np.testing.assert_allclose(jax.jit(sums())(trained, frozen, BATCH, None).loss, 3 * math.log(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora+norms", "prefix-kv"])
+def test_dpo_goes_on_from_an_adapter_which_is_its_reference(method):
+    """The loss is log 2 at that adapter, whatever it is, and the formula's against it elsewhere."""
+    settings = named.MethodConfig(method, rank=2, targets=("attention",), virtual_tokens=3)
+    frozen, trained = named.make(PARAMS, settings, layouts=LAYOUTS)
+    move = lambda x, key: x + 0.3 * jax.random.normal(jax.random.key(key + x.size), x.shape)
+    start, now = (jax.tree.map(lambda x, key=key: move(x, key), trained) for key in (1, 2))
+    model = reading(MODEL, frozen, trained)
+    sums = preference_sums(model, "dpo", 0.5, started=True)
+    step = jax.jit(jax.value_and_grad(lambda t: sums(t, (frozen, start), BATCH, None).loss))
+    loss, grads = step(start)
+    np.testing.assert_allclose(loss, 3 * math.log(2), rtol=1e-5)
+    assert max(jnp.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-3
+    each = jax.jit(lambda t: jlora.lift(example_sums(model))(jlora.combine(frozen, t), BATCH).loss)
+    logps = [-each(t)[:6] for t in (now, start)]
+    margin = np.subtract(*(x[::2] - x[1::2] for x in map(np.asarray, logps)))
+    want = np.log1p(np.exp(-0.5 * margin)).sum()
+    np.testing.assert_allclose(step(now)[0], want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{"method": "olora"}, {"method": "lora+norms", "init": "pissa"}])

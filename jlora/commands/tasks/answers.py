@@ -29,7 +29,7 @@ REMAT: dict[str, Any] = {"none": False, "full": True, "dots": "dots", "offload":
 SEEN = 8
 """Batches that eva looks at."""
 Judge = Callable[[Any, Any, BatchSource, Stop, Callable[[int], None]], dict[str, float]]
-"""f(trained, frozen, batches, stop, progress) -> figures; raises `Interrupted` once `stop()`."""
+"""f(trained, held, batches, stop, progress) -> figures, `held` as a task has it; raises `Interrupted` once `stop()`."""
 
 
 class Answers:
@@ -115,11 +115,15 @@ class Answers:
         """(trained, frozen, batch, key or None) -> `Sums`: with a key the training loss, without it the plain one."""
         return self.spread.sums(objective(self.config, base))
 
+    def held(self, frozen: Any, start: Any) -> Any:
+        """What the objective takes for the frozen tree. start: the trained tree before the first step."""
+        return frozen
+
     def judge(self, base: Pretrained) -> Judge:
         step = self.spread.step(make_eval_step(self.objective(base)))
 
-        def judge(trained: Any, frozen: Any, batches: BatchSource, stop: Stop, progress: Any) -> dict[str, float]:
-            return self.named(evaluate(step, trained, frozen, watched(batches, progress), stop))
+        def judge(trained: Any, held: Any, batches: BatchSource, stop: Stop, progress: Any) -> dict[str, float]:
+            return self.named(evaluate(step, trained, held, watched(batches, progress), stop))
 
         return judge
 
@@ -138,7 +142,7 @@ class Answers:
         return len(self.planned(examples))
 
     def begin(self, base: Pretrained, start: Any, steps: int) -> tuple[TrainState, Callable[..., Any]]:
-        """(the state before the first step, the compiled `step(state, frozen, batch)` on batches as `spread` splits
+        """(the state before the first step, the compiled `step(state, held, batch)` on batches as `spread` splits
         them). start: the trained tree, or its shapes, which give the state's. base: with the model as it is run."""
         c, tx = self.config, optimiser_of(self.config, steps)
         first = functools.partial(init_state, tx=tx)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from jlora.commands.parts import method_of
-from jlora.commands.settings import TrainConfig, say
+from jlora.commands.settings import TrainConfig
 from jlora.commands.tasks.answers import Answers
 from jlora.data import BatchSource, Example, Row, bucket_lengths, tokenise_rows
 from jlora.data.tokens import shortened
@@ -21,6 +21,7 @@ class Pairs(Answers):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
+        self.started = config.loss == "dpo" and bool(config.adapter) and config.reference == "start"
         init = lora_config(method_of(config)).init_lora_weights
         if config.loss == "dpo" and init in CHANGES_BASE and not config.adapter:
             raise ValueError(f"dpo's reference is the base, and {init} changes it: use init kaiming, or loss orpo")
@@ -43,8 +44,6 @@ class Pairs(Answers):
         c = self.config
         if c.packing:
             raise ValueError("packing is for answers, not for pairs of them")
-        if c.loss == "dpo" and c.adapter:
-            say(f"dpo's reference is the base without {c.adapter}; to be it, an adapter is merged first (jlora merge)")
         return PairSource(examples, c.batch, self.lengths(examples), seed=c.seed, steps=steps, accumulate=c.accumulate)
 
     def testing(self, examples: list[Any]) -> BatchSource:
@@ -54,7 +53,12 @@ class Pairs(Answers):
         return bucket_lengths([max(pair, key=lambda e: len(e.tokens)) for pair in examples], self.config.buckets)
 
     def objective(self, base: Pretrained) -> Any:
-        return self.spread.sums(preference_sums(base.model, self.config.loss, self.config.beta, self.config.dropout))
+        c = self.config
+        return self.spread.sums(preference_sums(base.model, c.loss, c.beta, c.dropout, self.started))
+
+    def held(self, frozen: Any, start: Any) -> Any:
+        """With an adapter to go on from it is dpo's reference as it is."""
+        return (frozen, start) if self.started else frozen
 
     def named(self, means: dict[str, float]) -> dict[str, float]:
         return {"loss": means["loss"], "accuracy": means["exact"], "examples": means["examples"]}
