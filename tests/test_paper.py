@@ -394,6 +394,15 @@ def test_a_merged_model_is_the_base_s_own_program():
     assert latency.middle(list(range(41))) == (20, 13, 27), "the 14th of either end"
 
 
+def test_memory_by_plan_at_every_size():
+    from experiments.paper import cost
+
+    full, lora = (cost.memory("smollm2-135m", 8, "all-linear", "v5e:1", method, {}) for method in ("full", "lora"))
+    assert full["trained"] == full["parameters"] == lora["parameters"] == 134_515_008
+    assert lora["checkpoint, MB at 16 bits"] == pytest.approx(2 * lora["trained"] / 1e6, rel=0.02)
+    assert full["states, GB"] > 3 * lora["states, GB"] and lora["step, GB"] > lora["states, GB"]
+
+
 def test_verdicts_on_latency():
     from experiments.paper import latency
 

@@ -49,9 +49,8 @@ SMALL = Config(plans=(("smollm2-135m", 8, "all-linear", "v5e:1"),), repeats=2)
 
 def memory(model: str, rank: int, targets: str, topology: str, method: Any, done: Results) -> dict[str, Any]:
     rows = 128 if model.startswith("gpt3") else 8
-    found = plan(
-        PlanConfig(model, topology, method, rank, (targets,), rows, 1024 if model.startswith("gpt3") else 2048)
-    )
+    shape = {"batch": rows, "seq": 1024 if model.startswith("gpt3") else 2048}
+    found = plan(PlanConfig(model, topology, method, rank, (targets,), **shape))
     chips, each = int(found["topology"].split("(")[1].split(" ")[0]), found["GB_a_device"]
     states = sum(each[kind] for kind in ("base", "trained", "optimiser", "gradients"))
     return {

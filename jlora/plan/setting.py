@@ -35,8 +35,6 @@ class PlanConfig:
     """merged: LoRA that writes W + A·B out each step; qlora: the base's matrices in NF4."""
     rank: int = 16
     targets: tuple[str, ...] = ("all-linear",)
-    parts: str = ""
-    """Of fused weights, which equal parts of the outputs are adapted, as `jlora train` takes it: x-x of c_attn."""
     batch: int = 8
     """Examples a step, over all devices."""
     seq: int = 2048
@@ -53,6 +51,8 @@ class PlanConfig:
     """Ask the TPU compiler, if libtpu is installed: nothing runs, no TPU is needed."""
     compare: tuple[str, ...] = ()
     """Other methods to put beside this one: full,merged,qlora."""
+    parts: str = ""
+    """Of fused weights, which equal parts of the outputs are adapted, as `jlora train` takes it: x-x of c_attn."""
 
     @property
     def itemsize(self) -> int:
