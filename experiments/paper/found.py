@@ -56,9 +56,11 @@ def glue_others(results: Everything) -> str:
         if tasks and method not in DECIDE:
             theirs, ours = (glue.by_seed(done, tasks, name) for name in (method, "lora"))
             on = "" if tasks == glue.counted(glue.Config()) else f" on {', '.join(tasks)}"
+            worst, rest = glue.but_worst(done, tasks, method)
+            left = apart(*(glue.by_seed(done, rest, name) for name in (method, "lora")))
             said.append(
                 f"{glue.NAMES[method]} {100 * mean(theirs)[0]:.1f} to LoRA's {100 * mean(ours)[0]:.1f} "
-                f"({apart(theirs, ours)}){on}"
+                f"({apart(theirs, ours)}; without {worst} {left}){on}"
             )
     searched = " and ".join(glue.Config().search)
     rest = f". Theirs is one seed, their rates (but DoRA's) searched on {searched} alone, so a gap may be the rate's"

@@ -112,6 +112,12 @@ def by_seed(done: Results, tasks: list[str], method: str) -> list[float]:
     return [sum(one) / len(tasks) for one in zip(*scores, strict=True)]
 
 
+def but_worst(done: Results, tasks: list[str], method: str) -> tuple[str, list[str]]:
+    """(the task on which a method is farthest below LoRA, the others)."""
+    worst = min(tasks, key=lambda task: mean(of(done, f"{task}/{method}"))[0] - mean(of(done, f"{task}/lora"))[0])
+    return worst, [task for task in tasks if task != worst]
+
+
 def middle(done: Results, tasks: list[str], method: str) -> float:
     """A method's mean over tasks."""
     return sum(mean(of(done, f"{task}/{method}"))[0] for task in tasks) / len(tasks)
