@@ -73,7 +73,7 @@ class Pretrained:
         most = {"gpt2": "n_positions", "bert": "max_position_embeddings", "roberta": "max_position_embeddings"}
         rows = getattr(self.config, most.get(self.config.model_type, ""), length)
         rows -= self.config.pad_token_id + 1 if self.config.model_type == "roberta" else 0
-        columns = getattr(self.model, "n", 0)
+        columns = getattr(self.model, "n", 0) if self.config.model_type in most else 0
         if length > rows - columns:
             taken = f", {columns} of them its prefix's" if columns else ""
             raise ValueError(
