@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from jlora.compat import manual_axes, scan_sizes
-from jlora.leaves import is_implicit, materialise, unstacked
-from jlora.placing import dividing
+from jlora.leaves import is_implicit, materialise, specs_of, unstacked
+from jlora.placing import specs_on
 
 Run = Callable[..., list[Any]]
 
@@ -188,7 +188,7 @@ def shard_map(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any
     params = eqn.params
     specs = []
     for value, spec in zip(operands, params["in_specs"], strict=True):
-        specs.append(value.shard_specs(spec) if is_implicit(value) else spec)
+        specs.append(specs_of(value, spec))
         if specs[-1] is None:
             return NotImplemented
 
@@ -216,12 +216,11 @@ def moved(eqn: Any, operands: list[Any], run: Run, strict: bool) -> list[Any]:
         if not is_implicit(value) or not isinstance(where, NamedSharding):
             outs.append(jax.tree.map(lambda x, where=where: put(x, where), value))
             continue
-        specs = value.shard_specs(where.spec, exact=False)
+        specs = specs_on(where.mesh, value, where.spec)
         if specs is None:
             return NotImplemented
 
         def at(x: Any, spec: Any, where: NamedSharding = where) -> Any:
-            spec = dividing(x.shape, spec, where.mesh)
             return put(x, NamedSharding(where.mesh, spec, memory_kind=where.memory_kind))
 
         outs.append(jax.tree.map(at, value, specs))

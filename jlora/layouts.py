@@ -16,7 +16,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from jlora.leaves import ImplicitLeaf, MaterialisedWarning, is_implicit
+from jlora.leaves import AroundLeaf, MaterialisedWarning, is_implicit, registering
 from jlora.lift import is_array, lift
 from jlora.rules_structure import reshape_groups
 from jlora.tree import flatten, path_of
@@ -80,7 +80,7 @@ class Rules(dict[str, Callable[..., Any]]):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe(ImplicitLeaf):
+class Probe(AroundLeaf):
     """A weight whose uses are noted. `axes`: where each of its axes comes from."""
 
     w: Any
@@ -89,14 +89,6 @@ class Probe(ImplicitLeaf):
     notes: Notes = dataclasses.field(metadata={"static": True})
 
     rules: ClassVar[dict[str, Callable[..., Any]]] = Rules()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
     def materialise(self) -> Any:
         return self.w
@@ -159,12 +151,7 @@ def probe(path: str, leaf: Any, notes: Notes) -> Any:
 # ------------------------------------------------------- what each primitive tells
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        Probe.rules.update(dict.fromkeys(names, f))
-        return f
-
-    return register
+rule = registering(Probe.rules)
 
 
 def other(eqn: Any, bind: Callable[..., Any], position: int, *operands: Any) -> Any:

@@ -99,6 +99,24 @@ def unstacked(w: Any) -> tuple[Any, Callable[[Any], Any]] | None:
     return w.unstack() if is_implicit(w) else (w, lambda row: row)
 
 
+def specs_of(w: Any, spec: Any, exact: bool = True) -> Any:
+    """`ImplicitLeaf.shard_specs` of a weight; an array's is `spec`."""
+    return w.shard_specs(spec, exact) if is_implicit(w) else spec
+
+
+def registering(rules: dict[str, Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    """`@rule(*names)`, which puts a function into `rules` for each of these primitives."""
+
+    def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def register(f: Callable[..., Any]) -> Callable[..., Any]:
+            rules.update(dict.fromkeys(names, f))
+            return f
+
+        return register
+
+    return rule
+
+
 def whole(leaf: ImplicitLeaf) -> bool:
     """`has_its_axes` of the leaf and of those within it."""
     within = jax.tree.leaves(leaf, is_leaf=lambda value: value is not leaf and is_implicit(value))
@@ -124,12 +142,8 @@ def materialise(value: Any, where: str, strict: bool) -> Any:
     return dense
 
 
-class LabelledLeaf(ImplicitLeaf):
-    """A weight `w` (an array or another leaf) and arrays beside it, each of whose axes runs along an axis of w.
-
-    Subclasses say which arrays: `parts` and `with_parts`. What only moves axes (`jlora/rules_structure.py`), a scan and
-    a sharding are then done to w and to them alike.
-    """
+class AroundLeaf(ImplicitLeaf):
+    """A leaf around a weight `w` (an array or another leaf), whose shape and dtype are its own."""
 
     w: Any
 
@@ -140,6 +154,14 @@ class LabelledLeaf(ImplicitLeaf):
     @property
     def dtype(self) -> Any:
         return self.w.dtype
+
+
+class LabelledLeaf(AroundLeaf):
+    """A weight `w` and arrays beside it, each of whose axes runs along an axis of w.
+
+    Subclasses say which arrays: `parts` and `with_parts`. What only moves axes (`jlora/rules_structure.py`), a scan and
+    a sharding are then done to w and to them alike.
+    """
 
     def parts(self) -> dict[str, tuple[Any, Labels]]:
         """The arrays by name, each with the labels of its axes."""
@@ -186,7 +208,7 @@ class LabelledLeaf(ImplicitLeaf):
 
     def shard_specs(self, spec: Any, exact: bool = True) -> Any:
         full = tuple(spec) + (None,) * (self.ndim - len(spec))
-        w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
+        w = specs_of(self.w, spec, exact)
         if w is None or any(name is not None and not self.allows_cut(ax) for ax, name in enumerate(full)):
             return None
 

@@ -37,3 +37,16 @@ def dividing(shape: tuple[int, ...], names: Any, mesh: Any) -> PartitionSpec:
         return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
 
     return PartitionSpec(*(n if size % count(n) == 0 else None for size, n in zip(shape, names, strict=False)))
+
+
+def specs_on(mesh: Any, leaf: Any, spec: Any) -> Any:
+    """The implicit leaf with a spec for each of its arrays, the weight's being `spec`, or None: as `shard_specs` for
+    `jit`, an axis that does not divide left whole."""
+    found = leaf.shard_specs(spec, exact=False)
+    if found is None:
+        return None
+
+    def at(array: Any, spec: Any) -> PartitionSpec:
+        return dividing(array.shape, spec, mesh)
+
+    return jax.tree.map(at, leaf, found)

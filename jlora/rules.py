@@ -12,16 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.leaves import RANK, Labels, LoraLeaf
+from jlora.leaves import RANK, Labels, LoraLeaf, registering
 from jlora.thin import thin
 
-
-def rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        LoraLeaf.rules[name] = f
-        return f
-
-    return register
+rule = registering(LoraLeaf.rules)
 
 
 @rule("dot_general")

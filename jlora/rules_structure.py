@@ -12,18 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.leaves import RANK, Labels, LoraLeaf, is_implicit
+from jlora.leaves import RANK, Labels, LoraLeaf, is_implicit, registering
 
 STRUCTURE: dict[str, Callable[..., Any]] = {}
 """The rules of this file by primitive, for the `rules` of any `LabelledLeaf`."""
-
-
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        STRUCTURE.update(dict.fromkeys(names, f))
-        return f
-
-    return register
+rule = registering(STRUCTURE)
 
 
 @rule("transpose")

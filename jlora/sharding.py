@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.leaves import is_implicit
 from jlora.lora import LoraFactors, is_adapter
-from jlora.placing import dividing
+from jlora.placing import specs_on
 from jlora.targets import EMBEDDING, is_matrix, letters
 from jlora.tree import path_of, paths, slashed
 
@@ -95,10 +95,8 @@ def specs(tree: Any, layouts: Mapping[str, Any] | None, mesh: Mesh, *, min_size:
         spec = PartitionSpec() if small else weight_spec(path, leaf, layouts, mesh)
         if not is_implicit(leaf):
             return spec
-        found = leaf.shard_specs(spec, exact=False)
-        if found is None:
-            return jax.tree.map(lambda _: PartitionSpec(), leaf)
-        return jax.tree.map(lambda array, spec: dividing(array.shape, spec, mesh), leaf, found)
+        found = specs_on(mesh, leaf, spec)
+        return jax.tree.map(lambda _: PartitionSpec(), leaf) if found is None else found
 
     return jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda x: is_adapter(x) or is_implicit(x))
 

@@ -22,7 +22,7 @@ from jlora.io.tensors import Source, build, safetensors_source
 from jlora.io.text import one_line
 from jlora.models import family
 from jlora.models.tensors import HFTensor
-from jlora.placing import dividing
+from jlora.placing import specs_on
 from jlora.quant import quantise as quantised
 from jlora.quant.leaf import QuantisedLeaf
 from jlora.quant.tree import from_layers, planned
@@ -71,10 +71,10 @@ class Pretrained:
         """Raises ValueError for more positions than the model has a table for, a prefix's columns counted, or a token
         that it does not have: the row read instead is NaN."""
         most = {"gpt2": "n_positions", "bert": "max_position_embeddings", "roberta": "max_position_embeddings"}
-        rows = getattr(self.config, most.get(self.config.model_type, ""), length)
+        table, columns = most.get(self.config.model_type), getattr(self.model, "n", 0)
+        rows = getattr(self.config, table) if table else 0
         rows -= self.config.pad_token_id + 1 if self.config.model_type == "roberta" else 0
-        columns = getattr(self.model, "n", 0) if self.config.model_type in most else 0
-        if length > rows - columns:
+        if table and length > rows - columns:
             taken = f", {columns} of them its prefix's" if columns else ""
             raise ValueError(
                 f"{self.source} has {rows} positions{taken}, a row has {length} tokens: set max_length to "
@@ -169,8 +169,7 @@ def quantisers(shapes: Any, scheme: Any, layouts: Mapping[str, Any]) -> dict[str
         if not isinstance(sharding, jax.sharding.NamedSharding):
             return jax.device_put(leaf, sharding)
         mesh: Any = sharding.mesh
-        found = leaf.shard_specs(sharding.spec, exact=False)
-        return place(leaf, jax.tree.map(lambda x, spec: dividing(x.shape, spec, mesh), leaf, found), mesh)
+        return place(leaf, specs_on(mesh, leaf, sharding.spec), mesh)
 
     plan = planned(shapes, layouts=layouts)
     return {path: functools.partial(make, path=path, layout=layout) for path, layout in plan.items()}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.following import FollowingLeaf, Product
-from jlora.leaves import RANK, ImplicitLeaf, Labels, as_array, is_implicit
+from jlora.leaves import RANK, AroundLeaf, Labels, as_array, specs_of
 from jlora.lora import Adapter, axes_of, leaf_key
 from jlora.methods.plant import held, leaves_of, plant, replaced, within
 from jlora.methods.points import POINTS, find, layout_of
@@ -33,7 +33,7 @@ from jlora.tree import module_of, slashed
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LongerTable(ImplicitLeaf):
+class LongerTable(AroundLeaf):
     """An embedding [v, d] that also answers for the ids v, v + 1, ... with `rows` [n, d]; else it is the embedding."""
 
     w: Any
@@ -43,19 +43,11 @@ class LongerTable(ImplicitLeaf):
     rules: ClassVar[dict[str, Callable[..., Any]]] = {}
     trainable: ClassVar[tuple[str, ...]] = ("rows",)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
-
     def materialise(self) -> jax.Array:
         return as_array(self.w)
 
     def shard_specs(self, spec: Any, exact: bool = True) -> Any:
-        w = self.w.shard_specs(spec, exact) if is_implicit(self.w) else spec
+        w = specs_of(self.w, spec, exact)
         return None if w is None else dataclasses.replace(self, w=w, rows=jax.sharding.PartitionSpec())
 
 
@@ -91,9 +83,6 @@ class PrefixLeaf(FollowingLeaf):
     """A weight whose input's first n columns are replaced by trained ones, `beside["prefix"]` [s, n, i]."""
 
     rules: ClassVar[dict[str, Any]] = {k: v for k, v in FollowingLeaf.rules.items() if k != "broadcast_in_dim"}
-
-    def allows_cut(self, axis: int) -> bool:
-        return True
 
     def before(self, x: Any, product: Product) -> Any:
         """Columns: the last axis of x that is not summed. An input no longer than the prefix is a step of a cache, and

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaves import ImplicitLeaf
+from jlora.leaves import ImplicitLeaf, registering
 from jlora.lora import axes_of
 from jlora.placing import dividing
 
@@ -182,12 +182,7 @@ def gathered(array: jax.Array, leaf: QuantisedLeaf, along: str) -> jax.Array:
 # ---------------------------------------------------------------- rules
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        QuantisedLeaf.rules.update(dict.fromkeys(names, f))
-        return f
-
-    return register
+rule = registering(QuantisedLeaf.rules)
 
 
 @rule("dot_general", "conv_general_dilated", "ragged_dot_general")
